@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Runs a command with a PostgreSQL server to talk to, so that nobody has to set one up first.
+#
+#   scripts/with-postgres.sh [--fast] COMMAND [ARGUMENT…]
+#
+# The command finds the server in STORAGE_LOCK_POSTGRESQL_DSN. If that variable is set already, its server is used
+# and nothing is started. Otherwise a throwaway cluster is started from the PostgreSQL binaries of this machine, on a
+# free port of 127.0.0.1 and a private socket folder, and removed when the command ends, however it ends: a
+# watcher process does that, so not even SIGKILL of this script leaves a server behind. For a cluster of its own
+# the command also gets STORAGE_LOCK_POSTGRESQL_CTL, a program that runs pg_ctl on it ("$…_CTL" restart -m fast).
+#
+# --fast gives up durability (fsync = off): for tests that don't crash the server. Default: durable.
+set -euo pipefail
+
+readonly name=${0##*/}
+fast=
+if [ "${1-}" = --fast ]; then
+  fast=yes
+  shift
+fi
+if [ $# -eq 0 ]; then
+  echo "usage: $name [--fast] COMMAND [ARGUMENT...]" >&2
+  exit 2
+fi
+if [ -n "${STORAGE_LOCK_POSTGRESQL_DSN-}" ]; then
+  exec "$@"
+fi
+
+die() {
+  echo "$name: $*" >&2
+  exit 1
+}
+
+# Prints the folder that has initdb, pg_ctl and postgres; of several versions the highest.
+find_binaries() {
+  local folder folders
+  folders=$(
+    if command -v initdb >/dev/null; then dirname "$(command -v initdb)"; fi
+    pg_config --bindir
+    printf '%s\n' /usr/lib/postgresql/*/bin /usr/pgsql-*/bin | sort -rV
+    printf '%s\n' /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin | sort -rV
+    printf '%s\n' /usr/local/pgsql/bin
+  ) 2>/dev/null || true
+  while read -r folder; do
+    if [ -x "$folder/initdb" ] && [ -x "$folder/pg_ctl" ] && [ -x "$folder/postgres" ]; then
+      echo "$folder"
+      return
+    fi
+  done <<<"$folders"
+}
+
+install_binaries() {
+  local sudo=
+  if [ "$(id -u)" -ne 0 ]; then
+    sudo -n true 2>/dev/null || return 1
+    sudo="sudo -n"
+  fi
+  command -v apt-get >/dev/null || return 1
+  echo "$name: no PostgreSQL binaries found; installing Debian's postgresql package" >&2
+  $sudo apt-get -qq update >&2 &&
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=120 install postgresql >&2
+}
+
+binaries=$(find_binaries)
+if [ -z "$binaries" ]; then
+  install_binaries || true
+  binaries=$(find_binaries)
+fi
+[ -n "$binaries" ] || die "no PostgreSQL server binaries (initdb, pg_ctl, postgres) found, and none could be installed.
+Install them (Debian, Ubuntu: apt-get install postgresql; Red Hat, Fedora: dnf install postgresql-server;
+macOS: brew install postgresql) or set STORAGE_LOCK_POSTGRESQL_DSN to a server that is running."
+
+# initdb and postgres refuse root: root hands the cluster to another user.
+server_user=
+if [ "$(id -u)" -eq 0 ]; then
+  for candidate in postgres nobody; do
+    if id "$candidate" >/dev/null 2>&1; then
+      server_user=$candidate
+      break
+    fi
+  done
+  [ -n "$server_user" ] || die "PostgreSQL doesn't run as root, and there is no user postgres or nobody to run it as."
+fi
+
+# /tmp and not TMPDIR: the path of a Unix socket may have 107 bytes at most.
+folder=$(mktemp -d /tmp/storage-lock-postgres.XXXXXX)
+
+cat >"$folder/as-server-user" <<END
+#!/bin/sh
+cd '$folder' || exit
+if [ -z '$server_user' ] || [ "\$(id -u)" -ne 0 ]; then exec "\$@"; fi
+if command -v runuser >/dev/null; then exec runuser -u '$server_user' -- "\$@"; fi
+exec su -s /bin/sh '$server_user' -c 'exec "\$0" "\$@"' -- "\$@"
+END
+cat >"$folder/ctl" <<END
+#!/bin/sh
+exec '$folder/as-server-user' '$binaries/pg_ctl' -D '$folder/data' -w -t 60 -l '$folder/log' "\$@"
+END
+chmod +x "$folder/as-server-user" "$folder/ctl"
+
+# The watcher ends when the last writer of its pipe has gone, which is this script, alive or killed: everything that the
+# script starts gets descriptor 9 closed.
+mkfifo "$folder/alive"
+(
+  trap '' INT TERM HUP
+  read -r _ <"$folder/alive" || true
+  "$folder/ctl" stop -m immediate || true
+  rm -rf "$folder"
+) >/dev/null 2>&1 </dev/null &
+readonly watcher=$!
+exec 9>"$folder/alive"
+clean_up() {
+  exec 9>&-
+  wait "$watcher" || true
+}
+trap clean_up EXIT
+
+readonly role=storage_lock
+password=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+printf '%s\n' "$password" >"$folder/password"
+if [ -n "$server_user" ]; then
+  chown -R "$server_user" "$folder"
+fi
+
+"$folder/as-server-user" "$binaries/initdb" -D "$folder/data" -U "$role" --pwfile="$folder/password" \
+  --auth=password --encoding=UTF8 --locale=C --no-sync >"$folder/initdb.log" 2>&1 9>&- ||
+  die "initdb failed: $(cat "$folder/initdb.log")"
+rm "$folder/password"
+{
+  echo "listen_addresses = '127.0.0.1'"
+  echo "unix_socket_directories = '$folder'"
+  echo "max_connections = 300"
+  if [ -n "$fast" ]; then
+    echo "fsync = off"
+    echo "full_page_writes = off"
+  fi
+} >>"$folder/data/postgresql.conf"
+
+# A port is free if the server can bind it: that is the only test without a race. 32768 and up are handed out to clients.
+port=
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+  candidate=$((15000 + (RANDOM * 32768 + RANDOM) % 17000))
+  if "$folder/ctl" -o "-p $candidate" start >/dev/null 2>&1 9>&-; then
+    port=$candidate
+    break
+  fi
+done
+[ -n "$port" ] || die "the server doesn't start: $(tail -n 20 "$folder/log")"
+# Restarts by ctl come back to the same port.
+echo "port = $port" >>"$folder/data/postgresql.conf"
+
+export STORAGE_LOCK_POSTGRESQL_DSN="host=127.0.0.1 port=$port user=$role password=$password dbname=postgres"
+export STORAGE_LOCK_POSTGRESQL_CTL="$folder/ctl"
+
+# In the background, so that a signal to this script reaches the command at once; with its own standard input, and
+# with the interrupt that a shell takes from its background commands.
+(
+  trap - INT
+  exec "$@"
+) <&0 9>&- &
+readonly command=$!
+for signal in INT TERM HUP; do
+  # shellcheck disable=SC2064
+  trap "kill -s $signal $command 2>/dev/null || true" "$signal"
+done
+code=0
+wait "$command" || code=$?
+# A signal ends the wait, not the command.
+while kill -0 "$command" 2>/dev/null; do
+  code=0
+  wait "$command" || code=$?
+done
+exit "$code"

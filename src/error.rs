@@ -1,0 +1,119 @@
+//! The one error type. Contention is never an error: a busy lock is `Ok(None)`.
+
+use std::time::Duration;
+
+use postgres::error::SqlState;
+
+/// What `Result` means in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation failed.
+///
+/// The text says what was being done; the cause, where there is one, is in [`source`](std::error::Error::source) and
+/// not repeated in the text. `postgres::Error` puts the server's own words one level further down, so print the
+/// whole chain. No password is ever part of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option or an argument can't be used. Found before anything touched the network.
+    #[error("invalid option {option} = {value}: expected {expected}")]
+    InvalidOption {
+        /// The option's name, as its setter or argument is called.
+        option: &'static str,
+        /// The value that was given. Of a DSN, which may hold a password, only the part that is safe to show.
+        value: String,
+        /// What would have been right.
+        expected: String,
+    },
+
+    /// No connection could be opened: refused, unreachable, wrong password, unknown database, too many connections.
+    #[error("cannot open a connection to PostgreSQL")]
+    Connect {
+        /// What the client or the server said.
+        source: postgres::Error,
+    },
+
+    /// The time allowed was over before the database answered. What was asked may or may not have happened.
+    #[error("cannot {action}: gave up after {after:?} of waiting for {waiting_for}")]
+    Timeout {
+        /// What was being done.
+        action: String,
+        /// What had not come: an answer, a connection, or a place among `max_connections`.
+        waiting_for: &'static str,
+        /// How long it was waited for.
+        after: Duration,
+    },
+
+    /// The database refused a statement, or the connection broke under it and under its retry.
+    #[error("cannot {action}")]
+    Database {
+        /// What was being done.
+        action: String,
+        /// What the client or the server said.
+        source: postgres::Error,
+    },
+
+    /// The table is missing, isn't ours, or can't keep locks. It was not touched.
+    #[error("cannot keep locks in table {table}: {problem}")]
+    Table {
+        /// The table with its schema, quoted as in SQL.
+        table: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// The hold is over without having been released: its lease ran out, or could have run out as far as this process
+    /// can tell. Somebody else may own the lock.
+    #[error("lost the lease on lock {lock_id:?}, held by {owner_id:?} as version {version}")]
+    LeaseLost {
+        /// The lock.
+        lock_id: String,
+        /// The owner that held it.
+        owner_id: String,
+        /// The version of the lost hold.
+        version: i64,
+    },
+
+    /// The operating system gave no further thread.
+    #[error("cannot start a thread")]
+    Thread {
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// Whether this is [`Error::LeaseLost`].
+    pub fn is_lease_lost(&self) -> bool {
+        matches!(self, Error::LeaseLost { .. })
+    }
+
+    /// Whether the connection is to blame, or the server for the moment, so that the same call on a fresh connection may
+    /// succeed: not the statement.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            Error::Connect { source } | Error::Database { source, .. } => is_connection_fault(source),
+            Error::Timeout { .. } | Error::Thread { .. } => true,
+            Error::InvalidOption { .. } | Error::Table { .. } | Error::LeaseLost { .. } => false,
+        }
+    }
+}
+
+/// Whether the error speaks of the connection or of the server's state, not of the statement.
+pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {
+    let Some(code) = error.code() else {
+        // No answer from the server: a socket, a closed connection, a broken protocol.
+        return true;
+    };
+    // 08 connection exception, 57P0x shutdown, restart or idle timeout, 53300 too many connections, 25006 a server that
+    // became read-only (a failover), 57014 cancelled by a statement_timeout.
+    code.code().starts_with("08")
+        || code.code().starts_with("57P")
+        || [SqlState::TOO_MANY_CONNECTIONS, SqlState::READ_ONLY_SQL_TRANSACTION, SqlState::QUERY_CANCELED]
+            .contains(code)
+}
+
+/// An option that can't be used.
+pub(crate) fn invalid(option: &'static str, value: impl ToString, expected: impl ToString) -> Error {
+    Error::InvalidOption { option, value: value.to_string(), expected: expected.to_string() }
+}

@@ -1,0 +1,109 @@
+//! The guard of a hold.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::hold::Hold;
+use crate::storage::PostgresStorage;
+
+/// A held lock. Dropping it releases the lock; the last guard of a hold does, where the same owner took it more than once.
+///
+/// `let _ = lock.lock("worker-1")?;` drops the guard, and so releases the lock, at once. Bind it to a name: `let _guard`.
+///
+/// A guard that is never dropped (`mem::forget`) keeps the lock for as long as the process lives. When the process
+/// ends without dropping it (`process::exit`, SIGKILL), the lock is free when the lease has run out.
+#[must_use = "dropping the guard releases the lock at once: bind it, as in `let _guard = lock.lock(..)?`"]
+pub struct LockGuard {
+    storage: PostgresStorage,
+    hold: Arc<Hold>,
+    has_left: bool,
+}
+
+impl LockGuard {
+    pub(crate) fn new(storage: PostgresStorage, hold: Arc<Hold>) -> LockGuard {
+        LockGuard { storage, hold, has_left: false }
+    }
+
+    /// The lock.
+    pub fn lock_id(&self) -> &str {
+        &self.hold.claim.lock_id
+    }
+
+    /// The owner, as given to `lock`.
+    pub fn owner_id(&self) -> &str {
+        &self.hold.claim.owner_id
+    }
+
+    /// The version of this hold: constant while it lasts, greater than that of every earlier hold of this lock, and never used
+    /// again. It is the fencing token: whatever is written under the lock should refuse a smaller one.
+    pub fn version(&self) -> i64 {
+        self.hold.version
+    }
+
+    /// Whether this process may still trust the hold: true only before its deadline, false for ever after. Reads the clock of
+    /// this machine and nothing else; no I/O.
+    ///
+    /// The deadline lies before the end of the lease. On Linux its clock stands still while the machine is suspended, so
+    /// a hold from before a suspend may be trusted for too long.
+    pub fn is_held(&self) -> bool {
+        self.hold.is_held()
+    }
+
+    /// How long the hold may be trusted if no further refresh succeeds; zero if it is lost. No I/O.
+    pub fn remaining(&self) -> Duration {
+        self.hold.remaining()
+    }
+
+    /// Releases the lock, as drop does, and says what came of it. An inner guard of a lock that was taken more than once
+    /// keeps the lock.
+    ///
+    /// Blocks for at most 2 s. If the release could not be confirmed within them, it is repeated in the background until
+    /// the lease has run out.
+    ///
+    /// # Errors
+    /// [`Error::LeaseLost`](crate::Error::LeaseLost) if the hold was over before: somebody else may have owned the lock
+    /// meanwhile. [`Error::Connect`](crate::Error::Connect), [`Error::Timeout`](crate::Error::Timeout) or
+    /// [`Error::Database`](crate::Error::Database) if the database could not be asked.
+    pub fn unlock(mut self) -> Result<()> {
+        self.leave()
+    }
+
+    fn leave(&mut self) -> Result<()> {
+        self.has_left = true;
+        if !self.hold.leave() {
+            return if self.hold.is_held() { Ok(()) } else { Err(self.hold.lost()) };
+        }
+        self.storage.holds().remove(&self.hold);
+        if !self.hold.is_held() {
+            return Err(self.hold.lost());
+        }
+        self.storage.release(&self.hold)?;
+        log::debug!(target: "storage_lock", "released lock {:?} (version {})", self.lock_id(), self.version());
+        Ok(())
+    }
+}
+
+impl Drop for LockGuard {
+    fn drop(&mut self) {
+        if self.has_left {
+            return;
+        }
+        if let Err(error) = self.leave() {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+            log::warn!(target: "storage_lock", "a guard was dropped: {error}{cause}");
+        }
+    }
+}
+
+impl fmt::Debug for LockGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockGuard")
+            .field("lock_id", &self.lock_id())
+            .field("owner_id", &self.owner_id())
+            .field("version", &self.version())
+            .field("is_held", &self.is_held())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,391 @@
+//! One open connection, and what can be asked on it.
+//!
+//! A *direct* session prepares its statements once and runs each in one round trip. Behind a pooler that hands a server
+//! session to another client after each transaction that is neither possible nor safe: a prepared name may
+//! mean another client's statement there, and settings would leak into other clients' sessions. So a session sets
+//! nothing with `SET`; it asks for its settings in the start-up packet, which such poolers refuse (pgbouncer: 08P01) or drop
+//! (the marker isn't there when read back), and each prepared statement does nothing unless it runs in the backend that
+//! prepared it. At the first sign of a pooler the storage turns to unnamed statements, also one round trip each.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use postgres::error::SqlState;
+use postgres::types::{ToSql, Type};
+use postgres::{Client, IsolationLevel, Row, Statement};
+use uuid::Uuid;
+
+use crate::error::is_connection_fault;
+use crate::sql::{self, Sql};
+
+/// What all sessions of a storage know of the way to the server.
+#[derive(Debug, Default)]
+pub(crate) struct Route {
+    /// A pooler shares server sessions between clients: nothing may depend on the session.
+    pub(crate) is_pooled: AtomicBool,
+    /// Goes up when a connection breaks: those opened before are likely to be broken too, and are not used again.
+    pub(crate) generation: AtomicU64,
+}
+
+/// Why an operation has no result.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// A pooler was recognised; nothing was done. The same on a new session will work.
+    Pooled,
+    Postgres(postgres::Error),
+}
+
+impl From<postgres::Error> for Fault {
+    fn from(error: postgres::Error) -> Fault {
+        Fault::Postgres(error)
+    }
+}
+
+/// Who asks for which lock, and under which lease.
+#[derive(Clone, Debug)]
+pub(crate) struct Claim {
+    pub(crate) lock_id: String,
+    pub(crate) owner_id: String,
+    /// Made before the first statement, so that a repetition after a lost answer recognises its own row.
+    pub(crate) lease_id: Uuid,
+    pub(crate) lease: Duration,
+}
+
+/// What the database said to an acquire.
+#[derive(Debug)]
+pub(crate) enum Acquired {
+    /// Ours. The request was sent at `sent`; when it was answered the lease had `left` to go. The owner before is named if
+    /// its lease had run out without a release.
+    Taken { version: i64, sent: Instant, left: Duration, taken_over_from: Option<String> },
+    /// Another's, for `left` to go unless it is refreshed or released.
+    Busy { version: i64, owner_id: String, left: Duration },
+    /// Free, but it changed hands, was locked, or couldn't be serialised while the statement ran.
+    Missed,
+    /// No such lock id has ever been held.
+    Absent,
+}
+
+/// One row of the table: the newest hold of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LockInformation {
+    /// The lock.
+    pub lock_id: String,
+    /// Who holds it, or held it last.
+    pub owner_id: String,
+    /// Counts the holds of this lock.
+    pub version: i64,
+    /// When the hold began, by the database's clock.
+    pub lock_begin_time: SystemTime,
+    /// From when on the lock is free unless it is refreshed, by the database's clock.
+    pub lease_expire_time: SystemTime,
+    /// When the hold was released, by the database's clock.
+    pub released_at: Option<SystemTime>,
+    /// Whether the hold was neither released nor expired when the row was read, by the database's clock.
+    pub is_held: bool,
+}
+
+/// What is in the place of our table.
+#[derive(Debug)]
+pub(crate) enum Found {
+    NoSchema,
+    NoTable,
+    Table { kind: String, persistence: String, columns: Vec<String>, has_key: bool },
+}
+
+type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+
+pub(crate) struct Session {
+    client: Client,
+    /// The backend that our prepared statements are in; none behind a pooler.
+    backend: Option<i32>,
+    acquire: Option<Statement>,
+    refresh: Option<Statement>,
+    release: Option<Statement>,
+    route: Arc<Route>,
+    generation: u64,
+    is_broken: bool,
+}
+
+impl Session {
+    /// Takes a new connection over; `with_options` says that [`sql::SESSION_OPTIONS`] were sent.
+    pub(crate) fn new(
+        mut client: Client,
+        with_options: bool,
+        route: Arc<Route>,
+        generation: u64,
+    ) -> Result<Session, postgres::Error> {
+        let mut backend = None;
+        if with_options {
+            let row = client.query_typed_one(sql::SESSION, &[])?;
+            if row.try_get::<_, Option<bool>>(1)? == Some(true) {
+                backend = Some(row.try_get(0)?);
+            } else {
+                route.recognise_pooler("it dropped the start-up options");
+            }
+        }
+        Ok(Session {
+            client,
+            backend,
+            acquire: None,
+            refresh: None,
+            release: None,
+            route,
+            generation,
+            is_broken: false,
+        })
+    }
+
+    /// Whether it may be used again.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.is_broken
+            && self.generation == self.route.generation.load(Ordering::Relaxed)
+            && (self.backend.is_none() || !self.route.is_pooled.load(Ordering::Relaxed))
+            && !self.client.is_closed()
+    }
+
+    /// Not to be used again, and neither are the connections that were opened before now.
+    pub(crate) fn mark_broken(&mut self) {
+        self.is_broken = true;
+        self.route.generation.fetch_max(self.generation + 1, Ordering::Relaxed);
+    }
+
+    /// Not to be used again, for reasons of its own.
+    pub(crate) fn retire(&mut self) {
+        self.is_broken = true;
+    }
+
+    /// One attempt, one statement.
+    pub(crate) fn acquire(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
+        let (micros, backend) = (micros(claim.lease), self.backend);
+        let sent = Instant::now();
+        let row = self.run(
+            Prepared::Acquire,
+            &sql.acquire,
+            &[
+                (&claim.lock_id, Type::TEXT),
+                (&claim.owner_id, Type::TEXT),
+                (&claim.lease_id, Type::UUID),
+                (&micros, Type::INT8),
+                (&backend, Type::INT4),
+            ],
+        );
+        let row = match row {
+            Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(Acquired::Missed),
+            row => row?,
+        };
+        let Some(newest) = row.try_get::<_, Option<i64>>(2)? else { return Ok(Acquired::Absent) };
+        let expires: SystemTime = row.try_get(6)?;
+        let left = expires.duration_since(row.try_get(7)?).unwrap_or_default();
+        let (is_mine, is_released): (bool, bool) = (row.try_get(4)?, row.try_get(5)?);
+        let owner_id: String = row.try_get(3)?;
+        Ok(match row.try_get::<_, Option<i64>>(1)? {
+            _ if left.is_zero() => Acquired::Missed,
+            Some(version) => {
+                let taken_over_from = if is_released { None } else { Some(owner_id) };
+                Acquired::Taken { version, sent, left, taken_over_from }
+            }
+            None if is_released => Acquired::Missed,
+            // The answer to an earlier copy of this statement was lost: the row is our own.
+            None if is_mine => Acquired::Taken { version: newest, sent, left, taken_over_from: None },
+            None => Acquired::Busy { version: newest, owner_id, left },
+        })
+    }
+
+    /// The first hold of a lock id. A stale snapshot that saw no row must not insert the first version again after
+    /// others have moved on: the advisory lock is taken in a statement of its own, so that the snapshot of the insert is
+    /// younger than the commit of whoever had that lock before, which needs READ COMMITTED whatever the
+    /// default is. The lock is tried, not waited for: a creator that stalls inside its transaction makes others find
+    /// the lock busy until the server ends its session.
+    pub(crate) fn create(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
+        let micros = micros(claim.lease);
+        let mut transaction =
+            self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).read_only(false).start()?;
+        let row = transaction.query_typed(&sql.lock_creation, &[(&claim.lock_id, Type::TEXT)])?;
+        if row.first().map(|row| row.try_get(0)).transpose()? != Some(true) {
+            return Ok(Acquired::Missed);
+        }
+        let sent = Instant::now();
+        let rows = transaction.query_typed(
+            &sql.create,
+            &[
+                (&claim.lock_id, Type::TEXT),
+                (&claim.owner_id, Type::TEXT),
+                (&claim.lease_id, Type::UUID),
+                (&micros, Type::INT8),
+            ],
+        )?;
+        let Some(row) = rows.first() else { return Ok(Acquired::Missed) };
+        let expires: SystemTime = row.try_get(1)?;
+        let left = expires.duration_since(row.try_get(2)?).unwrap_or_default();
+        let version = row.try_get(0)?;
+        transaction.commit()?;
+        Ok(Acquired::Taken { version, sent, left, taken_over_from: None })
+    }
+
+    /// Renews the lease to its full length; false if the hold is not there any more.
+    pub(crate) fn refresh(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<bool, Fault> {
+        let (micros, backend) = (micros(claim.lease), self.backend);
+        let row = self.run(
+            Prepared::Refresh,
+            &sql.refresh,
+            &[
+                (&claim.lock_id, Type::TEXT),
+                (&version, Type::INT8),
+                (&claim.lease_id, Type::UUID),
+                (&micros, Type::INT8),
+                (&backend, Type::INT4),
+            ],
+        )?;
+        Ok(row.try_get(1)?)
+    }
+
+    /// Ends the hold of this claim; false if it had been lost, or (with no version) had never come to be.
+    pub(crate) fn release(&mut self, sql: &Sql, claim: &Claim, version: Option<i64>) -> Result<bool, Fault> {
+        let backend = self.backend;
+        let row = self.run(
+            Prepared::Release,
+            &sql.release,
+            &[
+                (&claim.lock_id, Type::TEXT),
+                (&version, Type::INT8),
+                (&claim.lease_id, Type::UUID),
+                (&backend, Type::INT4),
+            ],
+        )?;
+        Ok(row.try_get(1)?)
+    }
+
+    pub(crate) fn get(&mut self, sql: &Sql, lock_id: &str) -> Result<Option<LockInformation>, Fault> {
+        let rows = self.client.query_typed(&sql.get, &[(&lock_id, Type::TEXT)])?;
+        Ok(rows.first().map(information).transpose()?)
+    }
+
+    pub(crate) fn list(&mut self, sql: &Sql) -> Result<Vec<LockInformation>, Fault> {
+        let rows = self.client.query_typed(&sql.list, &[])?;
+        Ok(rows.iter().map(information).collect::<Result<_, _>>()?)
+    }
+
+    pub(crate) fn server_time(&mut self) -> Result<SystemTime, Fault> {
+        Ok(self.client.query_typed_one(sql::SERVER_TIME, &[])?.try_get(0)?)
+    }
+
+    pub(crate) fn inspect(&mut self, schema: &str, table_name: &str) -> Result<Found, Fault> {
+        let row = self.client.query_typed_one(sql::INSPECT, &[(&schema, Type::NAME), (&table_name, Type::NAME)])?;
+        if !row.try_get::<_, bool>(0)? {
+            return Ok(Found::NoSchema);
+        }
+        let Some(kind) = row.try_get::<_, Option<String>>(1)? else { return Ok(Found::NoTable) };
+        Ok(Found::Table { kind, persistence: row.try_get(2)?, columns: row.try_get(3)?, has_key: row.try_get(4)? })
+    }
+
+    /// Creates the table; no error if another process did so at the same time.
+    pub(crate) fn create_table(&mut self, sql: &Sql) -> Result<(), Fault> {
+        match self.client.batch_execute(&sql.create_table) {
+            // IF NOT EXISTS looks before it creates: two at once can both go on, and one fails on a catalogue's index.
+            Err(error) if error.code().is_some_and(|code| TABLE_EXISTS.contains(code)) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Runs a statement that returns one row, whose first column says whether it ran in our backend.
+    fn run(&mut self, prepared: Prepared, text: &str, parameters: &[Parameter<'_>]) -> Result<Row, Fault> {
+        if self.backend.is_none() {
+            return Ok(self.client.query_typed_one(text, parameters)?);
+        }
+        let result = self.run_prepared(prepared, text, parameters);
+        match &result {
+            Err(error) if error.code().is_some_and(|code| ANOTHER_BACKEND.contains(code)) => {
+                self.route.recognise_pooler("a prepared statement was not there");
+                Err(Fault::Pooled)
+            }
+            Ok(row) if !row.try_get::<_, bool>(0)? => {
+                self.route.recognise_pooler("a statement ran in another backend");
+                Err(Fault::Pooled)
+            }
+            _ => Ok(result?),
+        }
+    }
+
+    fn run_prepared(
+        &mut self,
+        prepared: Prepared,
+        text: &str,
+        parameters: &[Parameter<'_>],
+    ) -> Result<Row, postgres::Error> {
+        let place = match prepared {
+            Prepared::Acquire => &mut self.acquire,
+            Prepared::Refresh => &mut self.refresh,
+            Prepared::Release => &mut self.release,
+        };
+        let statement = match place {
+            Some(statement) => statement,
+            None => {
+                let types: Vec<Type> = parameters.iter().map(|(_, type_)| type_.clone()).collect();
+                place.insert(self.client.prepare_typed(text, &types)?)
+            }
+        };
+        let values: Vec<&(dyn ToSql + Sync)> = parameters.iter().map(|(value, _)| *value).collect();
+        self.client.query_one(&*statement, &values)
+    }
+}
+
+/// The statements that are prepared, being run often.
+#[derive(Clone, Copy)]
+enum Prepared {
+    Acquire,
+    Refresh,
+    Release,
+}
+
+/// What `CREATE TABLE` says when another session created the same table, or its row type, at the same time.
+const TABLE_EXISTS: [SqlState; 3] = [SqlState::DUPLICATE_TABLE, SqlState::UNIQUE_VIOLATION, SqlState::DUPLICATE_OBJECT];
+
+/// What a prepared statement says in a backend that doesn't have it, has it already, or has another one of that name.
+const ANOTHER_BACKEND: [SqlState; 4] = [
+    SqlState::INVALID_SQL_STATEMENT_NAME,
+    SqlState::DUPLICATE_PSTATEMENT,
+    SqlState::PROTOCOL_VIOLATION,
+    SqlState::INVALID_BINARY_REPRESENTATION,
+];
+
+impl Route {
+    pub(crate) fn recognise_pooler(&self, why: &str) {
+        if !self.is_pooled.swap(true, Ordering::Relaxed) {
+            log::info!(target: "storage_lock", "a pooler in transaction mode is in the way ({why}): using unnamed statements");
+        }
+    }
+}
+
+impl Fault {
+    /// Whether the same on a fresh connection may work.
+    pub(crate) fn is_connection_fault(&self) -> bool {
+        match self {
+            Fault::Pooled => true,
+            Fault::Postgres(error) => is_connection_fault(error),
+        }
+    }
+}
+
+fn is_serialization_failure(error: &postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|code| [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(code))
+}
+
+fn information(row: &Row) -> Result<LockInformation, postgres::Error> {
+    Ok(LockInformation {
+        lock_id: row.try_get(0)?,
+        owner_id: row.try_get(1)?,
+        version: row.try_get(2)?,
+        lock_begin_time: row.try_get(3)?,
+        lease_expire_time: row.try_get(4)?,
+        released_at: row.try_get(5)?,
+        is_held: row.try_get(6)?,
+    })
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,199 @@
+//! All SQL: the table, and one statement an operation.
+//!
+//! One row a lock, never deleted, and its version is part of the key, so that the backward scan of the primary key meets
+//! the newest version first even while an old snapshot elsewhere keeps all the dead ones.
+//!
+//! - **Acquire** is a compare-and-set that moves the key: find the newest row, lock it if it is free, give it the next
+//!   version. Two acquirers see the same row free; the first locks it, the second skips the locked row, or finds on
+//!   re-reading it that its version has moved: a *miss*. `SKIP LOCKED` means that an acquirer never queues in the
+//!   server behind another one, or behind a transaction that locked the row. Measured on PostgreSQL 15: it costs 30 µs
+//!   of an acquire of 450 µs. When busy, nothing is written.
+//! - **Refresh** and **release** name the row by lock, version and lease, touch no key column, and are idempotent: a
+//!   repeated release keeps the first one's time, so that a lost answer isn't taken for a lost lease.
+//! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
+//! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
+//!   off. A release may be lost in a crash: then the lease runs out. It commits without waiting for the disk.
+//! - `$n = pg_backend_pid()` is a guard against poolers, see [`crate::session`].
+
+use crate::options::PostgresStorageOptions;
+
+/// The columns, their types as `format_type` names them, and whether they are `NOT NULL`.
+pub(crate) const COLUMNS: [(&str, &str, bool); 7] = [
+    ("lock_id", "text", true),
+    ("version", "bigint", true),
+    ("owner_id", "text", true),
+    ("lease_id", "uuid", true),
+    ("lock_begin_time", "timestamp with time zone", true),
+    ("lease_expire_time", "timestamp with time zone", true),
+    ("released_at", "timestamp with time zone", false),
+];
+
+/// Makes a commit durable whatever the role's default is, and leaves `local`, `remote_write` and `remote_apply` alone.
+const DURABLE: &str = "(current_setting('synchronous_commit') <> 'off' \
+                       OR set_config('synchronous_commit', 'on', true) IS NOT NULL)";
+
+/// What to send as start-up options, so that a session does what the lock needs whatever the role's defaults are:
+/// index scans also while the table is small (a plan is kept while the table grows), no planning and no JIT
+/// compilation of tiny statements, functions that nobody can shadow, and no statement that outlives its caller for long.
+pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
+     -c enable_seqscan=off -c plan_cache_mode=force_generic_plan -c jit=off -c search_path=pg_catalog \
+     -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
+     -c statement_timeout=5000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=5000";
+
+/// This session's backend, and whether the start-up options reached it.
+pub(crate) const SESSION: &str = "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on'";
+
+pub(crate) const SERVER_TIME: &str = "SELECT clock_timestamp()";
+
+/// Whether the schema exists; kind, persistence and columns of the table, if it exists; whether it has our primary key.
+/// 950 is the fixed object id of the collation `"C"`.
+pub(crate) const INSPECT: &str = "\
+SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1), table_.kind, table_.persistence, table_.columns, table_.key
+FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
+    SELECT c.relkind::text AS kind, c.relpersistence::text AS persistence,
+        ARRAY(SELECT a.attname || ' ' || format_type(a.atttypid, a.atttypmod)
+                     || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
+                     || CASE WHEN a.attname = 'lock_id' AND a.attcollation <> 950
+                             THEN ' of another collation' ELSE '' END
+              FROM pg_catalog.pg_attribute a
+              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
+        EXISTS (SELECT FROM pg_catalog.pg_index i
+                WHERE i.indrelid = c.oid AND i.indisprimary AND i.indnkeyatts = 2
+                  AND (SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum = i.indkey[0]) = 'lock_id'
+                  AND (SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum = i.indkey[1]) = 'version'
+               ) AS key
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = $1 AND c.relname = $2
+) AS table_ ON true";
+
+/// The statements for one table. Parameters are described at [`crate::session`], which binds them.
+#[derive(Debug)]
+pub(crate) struct Sql {
+    /// The table with its schema, quoted.
+    pub(crate) table: String,
+    pub(crate) create_table: String,
+    pub(crate) acquire: String,
+    pub(crate) lock_creation: String,
+    pub(crate) create: String,
+    pub(crate) refresh: String,
+    pub(crate) release: String,
+    pub(crate) get: String,
+    pub(crate) list: String,
+}
+
+impl Sql {
+    pub(crate) fn new(options: &PostgresStorageOptions) -> Sql {
+        let table = format!("{}.{}", quote(&options.schema), quote(&options.table_name));
+        let newest = format!("SELECT version FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1");
+        let lease_from_now = |micros: &str| format!("clock_timestamp() + {micros}::bigint * interval '1 microsecond'");
+        let here = |pid: &str| format!("pg_backend_pid() = coalesce({pid}::int4, pg_backend_pid())");
+        let information = "lock_id, owner_id, version, lock_begin_time, lease_expire_time, released_at, \
+                           released_at IS NULL AND lease_expire_time > clock_timestamp() AS is_held";
+        Sql {
+            create_table: format!(
+                "CREATE TABLE IF NOT EXISTS {table} (\n    \
+                     lock_id           text COLLATE \"C\" NOT NULL,\n    \
+                     version           bigint           NOT NULL,\n    \
+                     owner_id          text             NOT NULL,\n    \
+                     lease_id          uuid             NOT NULL,\n    \
+                     lock_begin_time   timestamptz      NOT NULL,\n    \
+                     lease_expire_time timestamptz      NOT NULL,\n    \
+                     released_at       timestamptz,\n    \
+                     PRIMARY KEY (lock_id, version)\n\
+                 ) WITH (fillfactor = 70)"
+            ),
+            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 backend.
+            // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version.
+            // A lease id takes a lock once: a copy of this statement that the network delivered late, after its
+            // repetition was served and released, must not take the lock for nobody.
+            acquire: format!(
+                "WITH cur AS MATERIALIZED (
+    SELECT version, owner_id, lease_id, lease_expire_time, released_at FROM {table}
+    WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
+), free AS MATERIALIZED (
+    SELECT version FROM {table}
+    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3
+      AND (released_at IS NOT NULL OR lease_expire_time <= clock_timestamp()) AND {DURABLE}
+    FOR UPDATE SKIP LOCKED
+), taken AS (
+    UPDATE {table} AS lock
+    SET version = lock.version + 1, owner_id = $2, lease_id = $3, lock_begin_time = clock_timestamp(),
+        lease_expire_time = {lease}, released_at = NULL
+    WHERE lock_id = $1 AND version = (SELECT version FROM free)
+    RETURNING version, lease_expire_time
+)
+SELECT {here}, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
+       coalesce(taken.lease_expire_time, cur.lease_expire_time), clock_timestamp()
+FROM (VALUES (1)) AS one LEFT JOIN cur ON true LEFT JOIN taken ON true",
+                here = here("$5"),
+                lease = lease_from_now("$4"),
+            ),
+            // $1 lock. Taken in a statement of its own, before `create` gets its snapshot.
+            lock_creation: format!(
+                "SELECT pg_try_advisory_xact_lock(hashtextextended($1, {literal}::regclass::oid::bigint)),
+       set_config('idle_in_transaction_session_timeout', '5000', true), {DURABLE}",
+                literal = literal(&table),
+            ),
+            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds.
+            create: format!(
+                "INSERT INTO {table} (lock_id, version, owner_id, lease_id, lock_begin_time, lease_expire_time)
+SELECT $1, 1, $2, $3, clock_timestamp(), {lease}
+WHERE NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1)
+RETURNING version, lease_expire_time, clock_timestamp()",
+                lease = lease_from_now("$4"),
+            ),
+            // $1 lock, $2 version, $3 lease id, $4 lease in microseconds, $5 backend.
+            refresh: format!(
+                "WITH refreshed AS (
+    UPDATE {table} SET lease_expire_time = {lease}
+    WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
+      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
+    RETURNING 1
+)
+SELECT {here}, EXISTS (SELECT FROM refreshed)",
+                here = here("$5"),
+                lease = lease_from_now("$4"),
+            ),
+            // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 backend.
+            release: format!(
+                "WITH released AS (
+    UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp())
+    WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3
+      AND {here} AND set_config('synchronous_commit', 'off', true) IS NOT NULL
+    RETURNING 1
+)
+SELECT {here}, EXISTS (SELECT FROM released)",
+                here = here("$4"),
+            ),
+            get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
+            list: format!(
+                "SELECT {information} FROM {table}
+WHERE released_at IS NULL AND lease_expire_time > clock_timestamp() ORDER BY lock_id"
+            ),
+            table,
+        }
+    }
+}
+
+/// An identifier as SQL. Any characters but NUL are fine.
+fn quote(identifier: &str) -> String {
+    format!("\"{}\"", identifier.replace('"', "\"\""))
+}
+
+/// A string literal as SQL, whatever `standard_conforming_strings` is.
+fn literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_are_quoted() {
+        let options = PostgresStorageOptions::from_dsn("").schema("My \"Schema\"").table_name("weird; 'name\\");
+        let sql = Sql::new(&options);
+        assert_eq!(sql.table, r#""My ""Schema"""."weird; 'name\""#);
+        assert!(sql.lock_creation.contains(r#"E'"My ""Schema"""."weird; ''name\\"'"#), "{}", sql.lock_creation);
+    }
+}

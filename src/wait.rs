@@ -1,0 +1,101 @@
+//! How long to wait for a busy lock, and when to ask again.
+
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+/// What an attempt that is under way when the caller's time is over may still take.
+const SLACK: Duration = Duration::from_millis(500);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// For how long a caller waits for a lock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Patience {
+    /// One attempt.
+    None,
+    /// Until then; an instant in the past is one attempt.
+    Until(Instant),
+    Forever,
+}
+
+impl Patience {
+    /// A duration so long that no clock can show its end is for ever.
+    pub(crate) fn lasting(duration: Duration) -> Patience {
+        Instant::now().checked_add(duration).map_or(Patience::Forever, Patience::Until)
+    }
+
+    pub(crate) fn is_over(&self, now: Instant) -> bool {
+        match self {
+            Patience::None => true,
+            Patience::Until(end) => *end <= now,
+            Patience::Forever => false,
+        }
+    }
+
+    /// When an attempt that starts now has to be back, given how long it may take where nobody is in a hurry.
+    pub(crate) fn attempt_deadline(&self, now: Instant, longest: Duration) -> Instant {
+        match self {
+            Patience::Until(end) => (now + longest).min(*end.max(&now) + SLACK),
+            Patience::None | Patience::Forever => now + longest,
+        }
+    }
+
+    /// How long to pause after the `rounds`-th answer (from 0) that the lock is busy with `left` on its lease: a growing time
+    /// with jitter, so that waiters don't ask all at once, but not beyond the end of the lease or of the patience.
+    pub(crate) fn pause(&self, now: Instant, rounds: u32, left: Option<Duration>) -> Duration {
+        let full = FIRST_PAUSE.saturating_mul(1 << rounds.min(8)).min(LONGEST_PAUSE);
+        let pause = full / 2 + (full / 2).mul_f64(random_fraction());
+        let pause = left.map_or(pause, |left| pause.min(left));
+        match self {
+            Patience::Until(end) => pause.min(end.saturating_duration_since(now)),
+            Patience::None | Patience::Forever => pause,
+        }
+    }
+}
+
+/// Between 0 and 1.
+fn random_fraction() -> f64 {
+    f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_timeout_of_zero_is_one_attempt_and_an_endless_one_is_for_ever() {
+        let now = Instant::now();
+        assert!(Patience::lasting(Duration::ZERO).is_over(Instant::now()));
+        assert!(matches!(Patience::lasting(Duration::MAX), Patience::Forever));
+        assert!(!Patience::Forever.is_over(now + Duration::from_secs(1_000_000)));
+    }
+
+    #[test]
+    fn an_attempt_ends_soon_after_the_patience() {
+        let (now, long) = (Instant::now(), Duration::from_secs(10));
+        assert_eq!(Patience::Until(now + 2_000 * MS).attempt_deadline(now, long), now + 2_500 * MS);
+        assert_eq!(Patience::Until(now - MS).attempt_deadline(now, long), now + 500 * MS);
+        assert_eq!(Patience::Until(now + 99 * long).attempt_deadline(now, long), now + long);
+        assert_eq!(Patience::Forever.attempt_deadline(now, long), now + long);
+    }
+
+    #[test]
+    fn pauses_grow_to_a_second_with_jitter() {
+        let now = Instant::now();
+        for (rounds, full) in [(0, 100), (1, 200), (3, 800), (4, 1_000), (u32::MAX, 1_000)] {
+            let pauses: Vec<_> = (0..100).map(|_| Patience::Forever.pause(now, rounds, None)).collect();
+            assert!(pauses.iter().all(|pause| (full / 2 * MS..=full * MS).contains(pause)), "{rounds}: {pauses:?}");
+            assert!(pauses.iter().any(|pause| *pause != pauses[0]), "no jitter");
+        }
+    }
+
+    #[test]
+    fn a_pause_ends_with_the_lease_and_with_the_patience() {
+        let now = Instant::now();
+        assert_eq!(Patience::Forever.pause(now, 9, Some(7 * MS)), 7 * MS);
+        assert_eq!(Patience::Until(now + 3 * MS).pause(now, 9, Some(7 * MS)), 3 * MS);
+    }
+}

@@ -1,0 +1,453 @@
+//! The threads that make the database calls, each call with a deadline.
+//!
+//! The blocking client can neither be interrupted nor be used on a thread of an async runtime, so no caller ever touches it. A
+//! call is a task in a queue; a worker takes it, checks a connection out, and runs it. The caller waits until the
+//! answer or the deadline, whichever is first. A call that overruns its deadline costs its connection and, for as long
+//! as it is stuck, its worker, which another one replaces; the stuck worker finishes the call alone, and undoes what
+//! came of it too late. So:
+//!
+//! - A caller is back at its deadline, whatever the server and the network do.
+//! - Every task is idempotent, because it may run again on another connection if the first one breaks.
+//! - Urgent tasks (refresh, release) go first, and with two workers or more one is never given to another task.
+//! - No mutex is held while a task runs.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::connections::{Connections, MAX_STUCK};
+use crate::error::{Error, Result};
+use crate::session::{Fault, Session};
+
+/// A worker without work ends after this.
+const IDLE_TIME: Duration = Duration::from_secs(10);
+/// How often a call is made in all when its connections break.
+const MAX_TRIES: u32 = 3;
+/// Enough for the client, the logger and TLS; only what is touched counts.
+const STACK_BYTES: usize = 512 * 1024;
+
+/// Locks a mutex whether or not a thread panicked while holding it: what our mutexes guard is valid at every step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for a notification, at most until `until`.
+pub(crate) fn wait_until<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, until: Instant) -> MutexGuard<'a, T> {
+    let left = until.saturating_duration_since(Instant::now());
+    condvar.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Urgency {
+    /// Keeps or ends a hold.
+    Urgent,
+    /// Everything else.
+    Ordinary,
+}
+
+/// What a task is given: a session, or why there is none. It answers whether to try again with another session.
+type Step = Box<dyn FnMut(Result<&mut Session>) -> Next + Send>;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Done,
+    TryAgain,
+}
+
+struct Task {
+    urgency: Urgency,
+    deadline: Instant,
+    step: Step,
+}
+
+/// The workers of a storage. Dropping it lets them finish what is queued, and closes the connections on threads of ours.
+pub(crate) struct Workers {
+    shared: Arc<Shared>,
+    /// Always there, until drop.
+    connections: Option<Connections>,
+}
+
+struct Shared {
+    max_live: usize,
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    urgent: VecDeque<Task>,
+    ordinary: VecDeque<Task>,
+    /// Every worker thread, with the task that it is running.
+    workers: HashMap<u64, Option<Running>>,
+    idle: usize,
+    next_id: u64,
+    is_closed: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Running {
+    urgency: Urgency,
+    deadline: Instant,
+}
+
+impl Running {
+    fn is_stuck(&self, now: Instant) -> bool {
+        self.deadline < now
+    }
+}
+
+impl State {
+    /// The workers that aren't stuck.
+    fn live(&self, now: Instant) -> usize {
+        self.workers.values().filter(|running| running.is_none_or(|running| !running.is_stuck(now))).count()
+    }
+
+    /// How many ordinary tasks may be started now.
+    fn ordinary_places(&self, now: Instant, max_live: usize) -> usize {
+        let running = self.workers.values().flatten();
+        let ordinary = running.filter(|running| running.urgency == Urgency::Ordinary && !running.is_stuck(now)).count();
+        max_live.saturating_sub(1).max(1).saturating_sub(ordinary)
+    }
+
+    fn next_task(&mut self, now: Instant, max_live: usize) -> Option<Task> {
+        if let Some(task) = self.urgent.pop_front() {
+            return Some(task);
+        }
+        if self.ordinary_places(now, max_live) == 0 { None } else { self.ordinary.pop_front() }
+    }
+
+    /// Whether a further worker would find something to do.
+    fn wants_worker(&self, now: Instant, max_live: usize) -> bool {
+        let startable = self.urgent.len() + self.ordinary.len().min(self.ordinary_places(now, max_live));
+        startable > self.idle && self.live(now) < max_live && self.workers.len() < max_live + MAX_STUCK
+    }
+}
+
+impl Workers {
+    pub(crate) fn new(connections: Connections, max_connections: u32) -> Workers {
+        let shared = Shared { max_live: max_connections as usize, state: Mutex::default(), wake: Condvar::new() };
+        Workers { shared: Arc::new(shared), connections: Some(connections) }
+    }
+
+    /// How long a call may take that opens a connection first and then waits for an answer for `answer`.
+    pub(crate) fn longest_call(&self, answer: Duration) -> Duration {
+        self.connections.as_ref().map(Connections::opening_time).unwrap_or_default() + answer
+    }
+
+    /// Makes a call and waits for its result until `deadline`.
+    ///
+    /// `call` may run more than once, on different connections. `unfinished` hears on the worker's thread of a value that
+    /// came too late for the caller, with the session that it came from, and, with nothing, of a call that was made and
+    /// failed: what it asked for may have happened.
+    pub(crate) fn call<T: Send + 'static>(
+        &self,
+        urgency: Urgency,
+        deadline: Instant,
+        action: impl Fn() -> String + Clone + Send + 'static,
+        mut call: impl FnMut(&mut Session) -> Result<T, Fault> + Send + 'static,
+        unfinished: impl FnOnce(Option<(&mut Session, T)>) + Send + 'static,
+    ) -> Result<T> {
+        let started = Instant::now();
+        let slot = Slot::new();
+        let mut caller = Some((Reply(Arc::clone(&slot)), unfinished));
+        let (mut tries, describe) = (0, action.clone());
+        let step = move |session: Result<&mut Session>| {
+            let Some((reply, _)) = &caller else { return Next::Done };
+            let result = match session {
+                Err(error) => Err(error),
+                Ok(_) if !reply.start() && tries == 0 => return Next::Done,
+                Ok(session) => {
+                    tries += 1;
+                    match call(session) {
+                        Ok(value) => Ok((session, value)),
+                        Err(fault) => {
+                            if fault.is_connection_fault() {
+                                session.mark_broken();
+                                if tries < MAX_TRIES && reply.is_wanted() {
+                                    return Next::TryAgain;
+                                }
+                            }
+                            Err(fault.into_error(&describe))
+                        }
+                    }
+                }
+            };
+            if let Some((reply, unfinished)) = caller.take() {
+                match result {
+                    Ok((session, value)) => {
+                        if let Err(value) = reply.answer(value) {
+                            unfinished(Some((session, value)));
+                        }
+                    }
+                    Err(error) => {
+                        reply.fail(error);
+                        if tries > 0 {
+                            unfinished(None);
+                        }
+                    }
+                }
+            }
+            Next::Done
+        };
+        self.submit(urgency, deadline, Box::new(step));
+        slot.wait(deadline).unwrap_or_else(|waiting_for| {
+            // The worker may be stuck, and others wait behind it.
+            self.shared.wake.notify_all();
+            self.add_workers();
+            Err(Error::Timeout { action: action(), waiting_for, after: started.elapsed() })
+        })
+    }
+
+    /// Makes a call and goes on; `done` gets the result on the worker's thread, and `is_wanted` is asked before each try.
+    pub(crate) fn send<T: 'static>(
+        &self,
+        deadline: Instant,
+        action: impl Fn() -> String + Send + 'static,
+        is_wanted: impl Fn() -> bool + Send + 'static,
+        mut call: impl FnMut(&mut Session) -> Result<T, Fault> + Send + 'static,
+        done: impl Fn(Result<T>) + Send + 'static,
+    ) {
+        let step = move |session: Result<&mut Session>| {
+            if !is_wanted() {
+                return Next::Done;
+            }
+            done(session.and_then(|session| match call(session) {
+                Ok(value) => Ok(value),
+                Err(fault) => {
+                    if fault.is_connection_fault() {
+                        session.mark_broken();
+                    }
+                    Err(fault.into_error(&action))
+                }
+            }));
+            Next::Done
+        };
+        self.submit(Urgency::Urgent, deadline, Box::new(step));
+    }
+
+    fn submit(&self, urgency: Urgency, deadline: Instant, step: Step) {
+        let task = Task { urgency, deadline, step };
+        let mut state = lock(&self.shared.state);
+        match urgency {
+            Urgency::Urgent => state.urgent.push_back(task),
+            Urgency::Ordinary => state.ordinary.push_back(task),
+        }
+        drop(state);
+        self.shared.wake.notify_one();
+        self.add_workers();
+    }
+
+    /// Starts workers for what is queued, up to the limit. Called when a task comes, and when one turns out to be stuck.
+    fn add_workers(&self) {
+        let Some(connections) = &self.connections else { return };
+        loop {
+            let mut state = lock(&self.shared.state);
+            if !state.wants_worker(Instant::now(), self.shared.max_live) {
+                return;
+            }
+            let id = state.next_id;
+            state.next_id += 1;
+            state.workers.insert(id, None);
+            // Counted as idle until it has looked for a task, so that the next call here doesn't start one more.
+            state.idle += 1;
+            drop(state);
+            let worker = Worker { id, shared: Arc::clone(&self.shared), connections: connections.clone() };
+            let started = thread::Builder::new()
+                .name("lock-worker".to_owned())
+                .stack_size(STACK_BYTES)
+                .spawn(move || worker.run());
+            if let Err(source) = started {
+                // The worker was dropped with the closure, and with it its place among the workers.
+                let mut state = lock(&self.shared.state);
+                state.idle -= 1;
+                if state.workers.is_empty() {
+                    let tasks: Vec<Task> = state.urgent.drain(..).collect();
+                    let tasks: Vec<Task> = tasks.into_iter().chain(state.ordinary.drain(..)).collect();
+                    drop(state);
+                    for mut task in tasks {
+                        let source = std::io::Error::new(source.kind(), source.to_string());
+                        (task.step)(Err(Error::Thread { source }));
+                    }
+                }
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        lock(&self.shared.state).is_closed = true;
+        self.shared.wake.notify_all();
+        // The last owner closes the connections, and the client panics if that is done on a thread of an async runtime.
+        if let Some(connections) = self.connections.take() {
+            let connections = Arc::new(Mutex::new(Some(connections)));
+            let closing = Arc::clone(&connections);
+            let close = move || drop(lock(&closing).take());
+            if thread::Builder::new().name("lock-close".to_owned()).spawn(close).is_err() {
+                std::mem::forget(lock(&connections).take());
+            }
+        }
+    }
+}
+
+struct Worker {
+    id: u64,
+    shared: Arc<Shared>,
+    connections: Connections,
+}
+
+impl Worker {
+    fn run(self) {
+        let mut state = lock(&self.shared.state);
+        state.idle -= 1;
+        loop {
+            let now = Instant::now();
+            // A worker that replaced this one, while it was stuck, does its work.
+            if state.live(now) > self.shared.max_live {
+                return;
+            }
+            let Some(task) = state.next_task(now, self.shared.max_live) else {
+                if state.is_closed {
+                    return;
+                }
+                state.idle += 1;
+                state = wait_until(&self.shared.wake, state, now + IDLE_TIME);
+                state.idle -= 1;
+                if now.elapsed() >= IDLE_TIME && state.urgent.is_empty() && state.ordinary.is_empty() {
+                    return;
+                }
+                continue;
+            };
+            state.workers.insert(self.id, Some(Running { urgency: task.urgency, deadline: task.deadline }));
+            drop(state);
+            self.run_task(task);
+            state = lock(&self.shared.state);
+            state.workers.insert(self.id, None);
+            if !state.ordinary.is_empty() {
+                // This task's end may be what an ordinary task waited for, while this worker takes an urgent one.
+                self.shared.wake.notify_one();
+            }
+        }
+    }
+
+    fn run_task(&self, mut task: Task) {
+        loop {
+            let mut checked_out = match self.connections.check_out(task.deadline) {
+                Ok(checked_out) => checked_out,
+                Err(error) => {
+                    (task.step)(Err(error));
+                    return;
+                }
+            };
+            let Some(session) = checked_out.session() else { continue };
+            let next = (task.step)(Ok(session));
+            if task.deadline < Instant::now() {
+                session.retire();
+            }
+            if next == Next::Done {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        lock(&self.shared.state).workers.remove(&self.id);
+    }
+}
+
+impl Fault {
+    fn into_error(self, action: impl Fn() -> String) -> Error {
+        match self {
+            Fault::Postgres(source) => Error::Database { action: action(), source },
+            // Each of the tries met another pooler: it can't happen twice, because the first one turned them off.
+            Fault::Pooled => {
+                Error::Timeout { action: action(), waiting_for: "a session of our own", after: Duration::ZERO }
+            }
+        }
+    }
+}
+
+/// Where a caller waits for its answer.
+struct Slot<T> {
+    state: Mutex<SlotState<T>>,
+    answered: Condvar,
+}
+
+struct SlotState<T> {
+    answer: Option<Result<T>>,
+    /// The call has a connection.
+    has_started: bool,
+    /// The caller has gone.
+    is_abandoned: bool,
+}
+
+impl<T> Slot<T> {
+    fn new() -> Arc<Slot<T>> {
+        let state = SlotState { answer: None, has_started: false, is_abandoned: false };
+        Arc::new(Slot { state: Mutex::new(state), answered: Condvar::new() })
+    }
+
+    /// The answer, or what had not come before the deadline.
+    fn wait(&self, deadline: Instant) -> Result<Result<T>, &'static str> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(answer) = state.answer.take() {
+                return Ok(answer);
+            }
+            if Instant::now() >= deadline {
+                // From here on the worker knows, under the same mutex, that its answer is too late.
+                state.is_abandoned = true;
+                return Err(if state.has_started { "an answer" } else { "a free connection (max_connections)" });
+            }
+            state = wait_until(&self.answered, state, deadline);
+        }
+    }
+}
+
+/// The worker's side of a slot.
+struct Reply<T>(Arc<Slot<T>>);
+
+impl<T> Reply<T> {
+    /// Whether somebody still waits.
+    fn is_wanted(&self) -> bool {
+        !lock(&self.0.state).is_abandoned
+    }
+
+    /// The call is going to be made; false if nobody waits for it any more.
+    fn start(&self) -> bool {
+        let mut state = lock(&self.0.state);
+        state.has_started = true;
+        !state.is_abandoned
+    }
+
+    /// Gives the value back if nobody waits for it any more.
+    fn answer(&self, value: T) -> Result<(), T> {
+        let mut state = lock(&self.0.state);
+        if state.is_abandoned {
+            return Err(value);
+        }
+        state.answer = Some(Ok(value));
+        self.0.answered.notify_one();
+        Ok(())
+    }
+
+    fn fail(&self, error: Error) {
+        lock(&self.0.state).answer = Some(Err(error));
+        self.0.answered.notify_one();
+    }
+}
+
+impl<T> Drop for Reply<T> {
+    /// Without an answer, the call ended in a panic, and its caller shall not wait for the deadline.
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        if state.answer.is_none() && !state.is_abandoned {
+            state.answer = Some(Err(Error::Thread { source: std::io::Error::other("the worker thread panicked") }));
+            self.0.answered.notify_one();
+        }
+    }
+}
