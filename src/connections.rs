@@ -1,13 +1,13 @@
 //! Opening and pooling connections.
 //!
-//! `r2d2` keeps the pool. Its own ways of opening would hide errors (it keeps the text of the last one only, retries in the
-//! background for ever, and a caller waits for its whole timeout) and can be stuck in a server that accepts and
-//! never answers. So here an attempt to open always succeeds as far as `r2d2` can tell: what it puts into the pool is the
-//! *outcome* of the attempt, made on a thread of its own that can be left behind.
+//! `r2d2` keeps the pool. Its own way of opening hides errors (it keeps the text of the last one only, and repeats for ever
+//! in the background while a caller waits for its whole timeout), and a server that accepts and never answers would
+//! hold its few threads. So what `r2d2` opens is an *attempt*, made on a thread of its own, which the caller awaits
+//! for as long as it likes; one that nobody awaits any more stays in the pool for the next caller.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,17 +19,14 @@ use r2d2_postgres::PostgresConnectionManager;
 use crate::error::{Error, Result};
 use crate::session::{Route, Session};
 use crate::sql;
+use crate::stragglers::{self, Stragglers};
 
-/// How many connections may be around beyond `max_connections`, because a call is stuck in them; the same number of attempts
-/// to open one may be.
-pub(crate) const MAX_STUCK: usize = 8;
 /// What opening may take beyond the client's own `connect_timeout`, which covers the socket and not the log-in: the
 /// client's error is the better one.
 const OPENING_SLACK: Duration = Duration::from_millis(250);
-/// A connection that isn't used is closed after this; `r2d2` looks every 30 s.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Old connections are replaced, for servers that moved behind the same name.
-const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
+/// What a server, or a pooler before it, says of start-up options that it doesn't know.
+const REFUSED_OPTIONS: [SqlState; 3] =
+    [SqlState::PROTOCOL_VIOLATION, SqlState::FEATURE_NOT_SUPPORTED, SqlState::UNDEFINED_OBJECT];
 
 /// The pool of a storage.
 #[derive(Clone)]
@@ -46,13 +43,22 @@ impl Connections {
         let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
         let connect_timeout = config.get_connect_timeout().copied().unwrap_or_default();
         let opening_time = connect_timeout.saturating_mul(u32::try_from(hosts).unwrap_or(u32::MAX)) + OPENING_SLACK;
-        let opener = Opener { config, time: opening_time, route: Arc::default(), under_way: Arc::default() };
+        let opener = Opener {
+            config,
+            max_connections: max_connections as usize,
+            opening_time,
+            route: Arc::default(),
+            under_way: Arc::default(),
+            stragglers: Mutex::default(),
+        };
         let pool = Pool::builder()
-            .max_size(max_connections.saturating_add(MAX_STUCK as u32))
+            .max_size(max_connections.saturating_add(stragglers::MAX as u32))
             .min_idle(Some(0))
             .test_on_check_out(false)
-            .idle_timeout(Some(IDLE_TIMEOUT))
-            .max_lifetime(Some(MAX_LIFETIME))
+            // Connections are kept by workers, which close them. What `r2d2` holds is an attempt that nobody awaited;
+            // looking for its age would keep a closed pool's threads for half a minute.
+            .idle_timeout(None)
+            .max_lifetime(None)
             .error_handler(Box::new(NopErrorHandler))
             .build_unchecked(opener);
         Connections { pool, opening_time }
@@ -68,116 +74,139 @@ impl Connections {
         let started = Instant::now();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let mut outcome = self.pool.get_timeout(left).map_err(|_| opening_timed_out(started.elapsed()))?;
-            match &mut *outcome {
-                Outcome::Open(session) if session.is_usable() => return Ok(CheckedOut(outcome)),
-                // What another caller didn't wait for: a failure of the past.
-                Outcome::Failed { at, .. } if *at < started => {}
-                Outcome::Failed { error, .. } => {
-                    if let Some(error) = error.take() {
-                        return Err(error);
+            if left.is_zero() {
+                return Err(opening_timed_out(started.elapsed()));
+            }
+            let mut attempt = self.pool.get_timeout(left).map_err(|_| opening_timed_out(started.elapsed()))?;
+            if let Attempt::UnderWay { result, give_up_at } = &*attempt {
+                let until = deadline.min(*give_up_at);
+                match result.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                    Ok((_, Ok(session))) => *attempt = Attempt::Open(Box::new(session)),
+                    Ok((at, Err(error))) => {
+                        *attempt = Attempt::Failed;
+                        // A failure of the past, which nobody waited for, says nothing about now.
+                        if at >= started {
+                            return Err(error);
+                        }
+                    }
+                    Err(RecvTimeoutError::Timeout) => return Err(opening_timed_out(started.elapsed())),
+                    Err(RecvTimeoutError::Disconnected) => {
+                        *attempt = Attempt::Failed;
+                        let source = std::io::Error::other("the thread that opened a connection panicked");
+                        return Err(Error::Thread { source });
                     }
                 }
-                Outcome::Open(_) => {}
+            }
+            if attempt.is_usable() {
+                return Ok(CheckedOut(attempt));
             }
         }
     }
 }
 
 impl CheckedOut {
-    pub(crate) fn session(&mut self) -> Option<&mut Session> {
+    /// The session, if it may be used (again).
+    pub(crate) fn usable(&mut self) -> Option<&mut Session> {
         match &mut *self.0 {
-            Outcome::Open(session) => Some(session),
-            Outcome::Failed { .. } => None,
+            Attempt::Open(session) if session.is_usable() => Some(session),
+            _ => None,
         }
+    }
+
+    /// Closes the connection instead of putting it back.
+    pub(crate) fn close(mut self) {
+        *self.0 = Attempt::Failed;
     }
 }
 
-/// What came of an attempt to open a connection.
-enum Outcome {
-    Open(Session),
-    Failed { error: Option<Error>, at: Instant },
+/// An attempt to open a connection, and what came of it.
+enum Attempt {
+    UnderWay { result: Receiver<(Instant, Result<Session>)>, give_up_at: Instant },
+    Open(Box<Session>),
+    Failed,
+}
+
+impl Attempt {
+    /// Whether it may stay in the pool.
+    fn is_usable(&self) -> bool {
+        match self {
+            Attempt::UnderWay { give_up_at, .. } => Instant::now() < *give_up_at,
+            Attempt::Open(session) => session.is_usable(),
+            Attempt::Failed => false,
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Opener {
     config: Config,
-    time: Duration,
+    max_connections: usize,
+    opening_time: Duration,
     route: Arc<Route>,
     under_way: Arc<AtomicUsize>,
+    stragglers: Mutex<Stragglers>,
 }
 
 impl ManageConnection for Opener {
-    type Connection = Outcome;
+    type Connection = Attempt;
     type Error = std::convert::Infallible;
 
-    fn connect(&self) -> Result<Outcome, Self::Error> {
-        Ok(self
-            .open_in_time()
-            .map_or_else(|error| Outcome::Failed { error: Some(error), at: Instant::now() }, Outcome::Open))
+    fn connect(&self) -> Result<Attempt, Self::Error> {
+        let now = Instant::now();
+        let (sender, result) = mpsc::sync_channel(1);
+        let under_way = UnderWay::new(&self.under_way);
+        let stuck = under_way.others().saturating_sub(self.max_connections);
+        if self.stragglers.lock().unwrap_or_else(PoisonError::into_inner).may_add(stuck, now) {
+            let (config, route, failed) = (self.config.clone(), Arc::clone(&self.route), sender.clone());
+            let started = thread::Builder::new().name("lock-connect".to_owned()).spawn(move || {
+                let opened = open(&config, route).map_err(|source| Error::Connect { source });
+                drop(under_way);
+                // If nobody waits any more, the session is closed here.
+                drop(sender.send((Instant::now(), opened)));
+            });
+            if let Err(source) = started {
+                drop(failed.send((now, Err(Error::Thread { source }))));
+            }
+        } else {
+            let action = "open a connection".to_owned();
+            let waiting_for = "earlier attempts, all of which are stuck";
+            drop(sender.send((now, Err(Error::Timeout { action, waiting_for, after: Duration::ZERO }))));
+        }
+        Ok(Attempt::UnderWay { result, give_up_at: now + self.opening_time })
     }
 
-    fn is_valid(&self, _: &mut Outcome) -> Result<(), Self::Error> {
+    fn is_valid(&self, _: &mut Attempt) -> Result<(), Self::Error> {
         Ok(())
     }
 
-    fn has_broken(&self, outcome: &mut Outcome) -> bool {
-        match outcome {
-            Outcome::Open(session) => !session.is_usable(),
-            Outcome::Failed { .. } => true,
-        }
+    fn has_broken(&self, attempt: &mut Attempt) -> bool {
+        !attempt.is_usable()
     }
 }
 
-impl Opener {
-    fn open_in_time(&self) -> Result<Session> {
-        let attempt = UnderWay::new(&self.under_way).ok_or(Error::Timeout {
-            action: "open a connection".to_owned(),
-            waiting_for: "earlier attempts, all of which are stuck",
-            after: Duration::ZERO,
-        })?;
-        let (config, route) = (self.config.clone(), Arc::clone(&self.route));
-        let (sender, receiver) = mpsc::sync_channel(1);
-        thread::Builder::new()
-            .name("lock-connect".to_owned())
-            .spawn(move || {
-                let _attempt = attempt;
-                // Nobody waits any more: the session is closed here.
-                drop(sender.send(open(config, route)));
-            })
-            .map_err(|source| Error::Thread { source })?;
-        match receiver.recv_timeout(self.time) {
-            Ok(opened) => opened.map_err(|source| Error::Connect { source }),
-            Err(_) => Err(opening_timed_out(self.time)),
-        }
-    }
-}
-
-fn open(config: Config, route: Arc<Route>) -> Result<Session, postgres::Error> {
+/// Opens a session with our start-up options, or without them where something in the way doesn't take them.
+fn open(config: &Config, route: Arc<Route>) -> Result<Session, postgres::Error> {
     let generation = route.generation.load(Ordering::Relaxed);
-    if !route.is_pooled.load(Ordering::Relaxed) {
+    let connect = |config: Config| PostgresConnectionManager::new(config, NoTls).connect();
+    let session = if route.is_pooled.load(Ordering::Relaxed) {
+        Session::new(connect(config.clone())?, false, route, generation)?
+    } else {
         let mut with_options = config.clone();
         with_options.options(&match config.get_options() {
             Some(options) => format!("{options} {}", sql::SESSION_OPTIONS),
             None => sql::SESSION_OPTIONS.to_owned(),
         });
-        match PostgresConnectionManager::new(with_options, NoTls).connect() {
-            Err(error) if error.code() == Some(&SqlState::PROTOCOL_VIOLATION) => {
+        match connect(with_options) {
+            Err(error) if error.code().is_some_and(|code| REFUSED_OPTIONS.contains(code)) => {
+                let client = connect(config.clone())?;
                 route.recognise_pooler("it refused the start-up options");
+                Session::new(client, false, route, generation)?
             }
-            opened => {
-                log::debug!(target: "storage_lock", "opened a connection: {}", outcome_of(&opened));
-                return Session::new(opened?, true, route, generation);
-            }
+            opened => Session::new(opened?, true, route, generation)?,
         }
-    }
-    let opened = PostgresConnectionManager::new(config, NoTls).connect();
-    log::debug!(target: "storage_lock", "opened a connection through a pooler: {}", outcome_of(&opened));
-    Session::new(opened?, false, route, generation)
-}
-
-fn outcome_of<T>(opened: &Result<T, postgres::Error>) -> String {
-    opened.as_ref().map_or_else(ToString::to_string, |_| "ok".to_owned())
+    };
+    log::debug!(target: "storage_lock", "opened a connection");
+    Ok(session)
 }
 
 fn opening_timed_out(after: Duration) -> Error {
@@ -188,10 +217,13 @@ fn opening_timed_out(after: Duration) -> Error {
 struct UnderWay(Arc<AtomicUsize>);
 
 impl UnderWay {
-    fn new(count: &Arc<AtomicUsize>) -> Option<UnderWay> {
-        let count = UnderWay(Arc::clone(count));
-        // The sum includes this one, and is taken back by drop.
-        (count.0.fetch_add(1, Ordering::Relaxed) < MAX_STUCK).then_some(count)
+    fn new(count: &Arc<AtomicUsize>) -> UnderWay {
+        count.fetch_add(1, Ordering::Relaxed);
+        UnderWay(Arc::clone(count))
+    }
+
+    fn others(&self) -> usize {
+        self.0.load(Ordering::Relaxed).saturating_sub(1)
     }
 }
 

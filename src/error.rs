@@ -88,29 +88,37 @@ impl Error {
         matches!(self, Error::LeaseLost { .. })
     }
 
-    /// Whether the connection is to blame, or the server for the moment, so that the same call on a fresh connection may
-    /// succeed: not the statement.
+    /// Whether the same call may succeed a little later: the connection, the load or the server's state is to blame.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
-            Error::Connect { source } | Error::Database { source, .. } => is_connection_fault(source),
+            Error::Connect { source } | Error::Database { source, .. } => {
+                is_connection_fault(source) || source.code().is_some_and(|code| PASSING.contains(code))
+            }
             Error::Timeout { .. } | Error::Thread { .. } => true,
             Error::InvalidOption { .. } | Error::Table { .. } | Error::LeaseLost { .. } => false,
         }
     }
 }
 
-/// Whether the error speaks of the connection or of the server's state, not of the statement.
+/// What the server says of a statement that it rolled back for reasons that pass.
+const PASSING: [SqlState; 4] = [
+    SqlState::QUERY_CANCELED,
+    SqlState::LOCK_NOT_AVAILABLE,
+    SqlState::T_R_SERIALIZATION_FAILURE,
+    SqlState::T_R_DEADLOCK_DETECTED,
+];
+
+/// Whether the error speaks of the connection, which is not to be used again: what was asked may have happened.
 pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {
     let Some(code) = error.code() else {
         // No answer from the server: a socket, a closed connection, a broken protocol.
         return true;
     };
-    // 08 connection exception, 57P0x shutdown, restart or idle timeout, 53300 too many connections, 25006 a server that
-    // became read-only (a failover), 57014 cancelled by a statement_timeout.
+    // 08 connection exception, 57P shutdown, restart or idle timeout, 53300 too many connections, 25006 a server that
+    // became read-only (a failover).
     code.code().starts_with("08")
         || code.code().starts_with("57P")
-        || [SqlState::TOO_MANY_CONNECTIONS, SqlState::READ_ONLY_SQL_TRANSACTION, SqlState::QUERY_CANCELED]
-            .contains(code)
+        || [SqlState::TOO_MANY_CONNECTIONS, SqlState::READ_ONLY_SQL_TRANSACTION].contains(code)
 }
 
 /// An option that can't be used.

@@ -2,9 +2,10 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::Result;
+use crate::follow_up::Unfinished;
 use crate::hold::Hold;
 use crate::storage::PostgresStorage;
 
@@ -77,6 +78,10 @@ impl LockGuard {
         }
         self.storage.holds().remove(&self.hold);
         if !self.hold.is_held() {
+            if !self.hold.state().is_gone {
+                // A refresh that is stuck may yet renew a lease that nobody wants any more.
+                self.storage.follow_up(Unfinished::new(self.hold.claim.clone(), Some(self.version()), Instant::now()));
+            }
             return Err(self.hold.lost());
         }
         self.storage.release(&self.hold)?;

@@ -26,13 +26,15 @@ pub(crate) struct HoldState {
     pub(crate) term: Term,
     /// How many guards there are; at zero the hold is being released, and nobody may enter it again.
     pub(crate) guards: usize,
+    /// The database said that the hold is not there any more.
+    pub(crate) is_gone: bool,
     /// What came of the refresh of this number.
-    pub(crate) answer: Option<(u64, Result<bool>)>,
+    pub(crate) answer: Option<(u64, Result<()>)>,
 }
 
 impl Hold {
     pub(crate) fn new(claim: Claim, version: i64, term: Term, refresh_interval: Duration) -> Hold {
-        let state = HoldState { term, guards: 1, answer: None };
+        let state = HoldState { term, guards: 1, is_gone: false, answer: None };
         Hold {
             claim,
             version,
@@ -64,6 +66,31 @@ impl Hold {
         let may_enter = state.guards > 0 && state.term.is_held(Instant::now());
         state.guards += usize::from(may_enter);
         may_enter
+    }
+
+    /// Whether a refresh of it would still be of use.
+    pub(crate) fn is_to_be_refreshed(&self) -> bool {
+        let state = self.state();
+        state.guards > 0 && state.term.is_held(Instant::now())
+    }
+
+    /// A refresh that was sent at `sent` has been answered.
+    pub(crate) fn refreshed(&self, number: u64, sent: Instant, result: Result<bool>) {
+        let mut state = self.state();
+        let now = Instant::now();
+        state.answer = match result {
+            Ok(true) => {
+                state.term.extend(now, sent);
+                Some((number, Ok(())))
+            }
+            Ok(false) => {
+                state.term.lose();
+                state.is_gone = true;
+                None
+            }
+            Err(error) => Some((number, Err(error))),
+        };
+        self.changed.notify_all();
     }
 
     /// Takes a guard away and says whether it was the last one. The refresh thread stops at once.

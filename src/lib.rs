@@ -2,6 +2,7 @@
 
 mod connections;
 mod error;
+mod follow_up;
 mod guard;
 mod hold;
 mod lock;
@@ -10,6 +11,7 @@ mod refresh;
 mod session;
 mod sql;
 mod storage;
+mod stragglers;
 mod term;
 mod wait;
 mod workers;

@@ -7,6 +7,7 @@ use postgres::Config;
 use postgres::config::SslMode;
 
 use crate::error::{Result, invalid};
+use crate::term::retry_time;
 
 /// Lock ids and owner ids, in bytes.
 const MAX_ID_BYTES: usize = 255;
@@ -17,9 +18,8 @@ const MAX_CONNECTIONS: u32 = 1_000;
 const MIN_LEASE: Duration = Duration::from_secs(1);
 const MAX_LEASE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_millis(10);
-/// What must be left of a lease, at least, for repeating a refresh that failed.
-const MIN_RETRY_TIME: Duration = Duration::from_millis(300);
 
+const MAX_CONNECT_TIMEOUT: Duration = Duration::from_secs(60 * 60);
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// After this long without an acknowledgement the kernel gives a connection up, which ends a call that is stuck in it.
 const DEFAULT_TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -81,10 +81,11 @@ impl PostgresStorageOptions {
         self
     }
 
-    /// How many connections may be busy at once, each opened when it is first needed and closed after a minute without
-    /// use. Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases.
+    /// How many connections there may be, each opened when it is first needed and closed after a minute without use.
+    /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases.
     ///
-    /// A connection whose call overran its deadline no longer counts, and is replaced: at most eight such may be around.
+    /// A connection whose call overran its deadline no longer counts, and is replaced: eight such may be around, and if
+    /// the server stays silent, one more every half a minute, up to 64.
     #[must_use]
     pub fn max_connections(mut self, max_connections: u32) -> Self {
         self.max_connections = max_connections;
@@ -116,6 +117,13 @@ impl PostgresStorageOptions {
         }
         if matches!(config.get_ssl_mode(), SslMode::Require) {
             return Err(invalid("dsn", "sslmode=require", "sslmode=prefer or disable: TLS is not supported yet"));
+        }
+        if let Some(timeout) = config.get_connect_timeout().filter(|timeout| **timeout > MAX_CONNECT_TIMEOUT) {
+            return Err(invalid(
+                "dsn",
+                format!("connect_timeout={}", timeout.as_secs()),
+                "a connect_timeout of 1 h at most",
+            ));
         }
         if config.get_application_name().is_none() {
             config.application_name("storage_lock");
@@ -237,14 +245,15 @@ impl LockOptions {
         if !(MIN_LEASE..=MAX_LEASE).contains(&lease) {
             return Err(invalid("lease_expire_after", format!("{lease:?}"), "1 s to 365 days"));
         }
-        let longest = lease - (lease / 3).max(MIN_RETRY_TIME);
+        let longest = lease - retry_time(lease);
         if !(MIN_REFRESH_INTERVAL..=longest).contains(&self.refresh_interval()) {
             return Err(invalid(
                 "lease_refresh_interval",
                 format!("{:?}", self.refresh_interval()),
                 format!(
-                    "{MIN_REFRESH_INTERVAL:?} to {longest:?}, which leaves a third of the lease of {lease:?} (at least \
-                     {MIN_RETRY_TIME:?}) for repeating a refresh that failed"
+                    "{MIN_REFRESH_INTERVAL:?} to {longest:?}, which leaves {:?} of the lease of {lease:?} for \
+                     repeating a refresh that failed",
+                    retry_time(lease)
                 ),
             ));
         }
@@ -352,13 +361,14 @@ mod tests {
             "nonsense",
             "host=h password=hidden secret",
             "host=h password=s3cret s3cret=1",
-            "postgresql://u:a?s3cret=b@host/db",
+            "postgresql://u:s3cret@host/db?s3cret=1",
             "postgresql://u:s3cret@h:port/db",
             "postgresql://u:s3cret%@h/db",
             "host=h port=s3cret",
             "host=h password=s3cret sslmode=require",
             "host=a,b port=1,2,3 password=s3cret",
             "user=u password=s3cret",
+            "host=h password=s3cret connect_timeout=9223372036854775807",
         ] {
             let options = PostgresStorageOptions::from_dsn(dsn);
             let (debug, error) = (format!("{options:?}"), options.checked_config().expect_err(dsn));

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::hold::Hold;
@@ -32,22 +32,18 @@ pub(crate) fn start(storage: &PostgresStorage, hold: &Arc<Hold>) -> Result<()> {
 enum Next {
     /// The time of the next refresh.
     Refresh(Instant),
-    /// The answer to the last one; if it hasn't come by then, another one is sent.
-    Answer(Instant),
+    /// The answer to the last one, sent at `since`. If it hasn't come by then, another one is sent.
+    Answer { since: Instant, by: Instant },
 }
 
 fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
-    let mut next = Next::Refresh(Instant::now() + hold.refresh_interval);
     let (mut attempt, mut failures) = (0_u64, 0_u32);
     let mut state = hold.state();
+    let mut next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
     loop {
         let now = Instant::now();
         if state.guards == 0 {
             return;
-        }
-        let answer = state.answer.take();
-        if let Some((_, Ok(false))) = answer {
-            state.term.lose();
         }
         if !state.term.is_held(now) {
             // For good: an answer that comes now finds the deadline passed.
@@ -56,53 +52,47 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             log::warn!(target: "storage_lock", "{}", hold.lost());
             return;
         }
-        match answer {
-            Some((_, Ok(_))) => {
+        // No mutex is held while something is sent or logged: a logger may be slow, or ask a guard.
+        let failed = match (state.answer.take(), &next) {
+            (Some((_, Ok(()))), _) => {
                 failures = 0;
-                next = Next::Refresh(now + hold.refresh_interval);
-            }
-            Some((number, Err(error))) if number == attempt => {
-                failures += 1;
-                next = Next::Refresh(now + backoff(failures));
-                warn_of_failure(hold, &error);
-            }
-            // An answer to an attempt that was given up.
-            Some((_, Err(_))) | None => {}
-        }
-        let wake = match next {
-            Next::Refresh(at) if at <= now => {
-                attempt += 1;
-                let deadline = now + state.term.attempt_time(now);
-                next = Next::Answer(deadline);
+                next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
                 drop(state);
-                let number = attempt;
-                storage.send_refresh(hold, deadline, move |hold, sent, result| {
-                    let mut state = hold.state();
-                    if let Ok(true) = result {
-                        state.term.extend(Instant::now(), sent, hold.claim.lease);
-                        log::trace!(target: "storage_lock", "refreshed lock {:?}", hold.claim.lock_id);
-                    }
-                    state.answer = Some((number, result));
-                    hold.changed.notify_all();
-                });
-                state = hold.state();
-                continue;
+                log::trace!(target: "storage_lock", "refreshed lock {:?}", hold.claim.lock_id);
+                None
             }
-            Next::Answer(by) if by <= now => {
+            (Some((number, Err(error))), _) if number == attempt => {
+                drop(state);
                 failures += 1;
-                next = Next::Refresh(now);
-                let action = format!("refresh lock {:?}", hold.claim.lock_id);
-                warn_of_failure(hold, &Error::Timeout { action, waiting_for: "an answer", after: now.elapsed() });
-                continue;
+                Some((error, backoff(failures)))
             }
-            Next::Refresh(at) | Next::Answer(at) => at.min(state.term.deadline()),
+            (_, Next::Refresh(at)) if *at <= now => {
+                attempt += 1;
+                let by = now + state.term.attempt_time(now);
+                next = Next::Answer { since: now, by };
+                drop(state);
+                storage.send_refresh(hold, attempt, by);
+                None
+            }
+            (_, Next::Answer { since, by }) if *by <= now => {
+                drop(state);
+                let action = format!("refresh lock {:?}", hold.claim.lock_id);
+                failures += 1;
+                Some((Error::Timeout { action, waiting_for: "an answer", after: since.elapsed() }, Duration::ZERO))
+            }
+            // Nothing to do; an error may have come from an attempt that was given up.
+            (_, Next::Refresh(wake) | Next::Answer { by: wake, .. }) => {
+                let wake = state.term.deadline().min(*wake);
+                drop(wait_until(&hold.changed, state, wake));
+                None
+            }
         };
-        state = wait_until(&hold.changed, state, wake);
+        if let Some((error, pause)) = failed {
+            next = Next::Refresh(now + pause);
+            let (lock_id, version) = (&hold.claim.lock_id, hold.version);
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+            log::warn!(target: "storage_lock", "lock {lock_id:?} (version {version}): {error}{cause}; trying again");
+        }
+        state = hold.state();
     }
-}
-
-fn warn_of_failure(hold: &Hold, error: &Error) {
-    let (lock_id, version) = (&hold.claim.lock_id, hold.version);
-    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
-    log::warn!(target: "storage_lock", "lock {lock_id:?} (version {version}): {error}{cause}; trying again");
 }

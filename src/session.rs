@@ -2,11 +2,13 @@
 //!
 //! A *direct* session prepares its statements once and runs each in one round trip. Behind a pooler that hands a server
 //! session to another client after each transaction that is neither possible nor safe: a prepared name may
-//! mean another client's statement there, and settings would leak into other clients' sessions. So a session sets
+//! mean another client's statement there (the client names them `s0`, `s1`, … in every process), and settings would leak into other clients' sessions. So a session sets
 //! nothing with `SET`; it asks for its settings in the start-up packet, which such poolers refuse (pgbouncer: 08P01) or drop
-//! (the marker isn't there when read back), and each prepared statement does nothing unless it runs in the backend that
-//! prepared it. At the first sign of a pooler the storage turns to unnamed statements, also one round trip each.
+//! (the marker isn't there when read back), and each prepared statement does nothing unless it is the
+//! statement that was meant, in the backend that was meant. At the first sign of a pooler the storage turns to unnamed statements, also one round trip each.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -17,7 +19,7 @@ use postgres::{Client, IsolationLevel, Row, Statement};
 use uuid::Uuid;
 
 use crate::error::is_connection_fault;
-use crate::sql::{self, Sql};
+use crate::sql::{self, Prepared, Sql};
 
 /// What all sessions of a storage know of the way to the server.
 #[derive(Debug, Default)]
@@ -100,9 +102,8 @@ pub(crate) struct Session {
     client: Client,
     /// The backend that our prepared statements are in; none behind a pooler.
     backend: Option<i32>,
-    acquire: Option<Statement>,
-    refresh: Option<Statement>,
-    release: Option<Statement>,
+    /// By the names of the statements.
+    statements: HashMap<String, Statement>,
     route: Arc<Route>,
     generation: u64,
     is_broken: bool,
@@ -125,16 +126,7 @@ impl Session {
                 route.recognise_pooler("it dropped the start-up options");
             }
         }
-        Ok(Session {
-            client,
-            backend,
-            acquire: None,
-            refresh: None,
-            release: None,
-            route,
-            generation,
-            is_broken: false,
-        })
+        Ok(Session { client, backend, statements: HashMap::new(), route, generation, is_broken: false })
     }
 
     /// Whether it may be used again.
@@ -151,24 +143,18 @@ impl Session {
         self.route.generation.fetch_max(self.generation + 1, Ordering::Relaxed);
     }
 
-    /// Not to be used again, for reasons of its own.
-    pub(crate) fn retire(&mut self) {
-        self.is_broken = true;
-    }
-
     /// One attempt, one statement.
     pub(crate) fn acquire(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
-        let (micros, backend) = (micros(claim.lease), self.backend);
+        let (micros, place) = (micros(claim.lease), self.place(&sql.acquire));
         let sent = Instant::now();
         let row = self.run(
-            Prepared::Acquire,
             &sql.acquire,
             &[
                 (&claim.lock_id, Type::TEXT),
                 (&claim.owner_id, Type::TEXT),
                 (&claim.lease_id, Type::UUID),
                 (&micros, Type::INT8),
-                (&backend, Type::INT4),
+                (&place, Type::TEXT),
             ],
         );
         let row = match row {
@@ -226,16 +212,15 @@ impl Session {
 
     /// Renews the lease to its full length; false if the hold is not there any more.
     pub(crate) fn refresh(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<bool, Fault> {
-        let (micros, backend) = (micros(claim.lease), self.backend);
+        let (micros, place) = (micros(claim.lease), self.place(&sql.refresh));
         let row = self.run(
-            Prepared::Refresh,
             &sql.refresh,
             &[
                 (&claim.lock_id, Type::TEXT),
                 (&version, Type::INT8),
                 (&claim.lease_id, Type::UUID),
                 (&micros, Type::INT8),
-                (&backend, Type::INT4),
+                (&place, Type::TEXT),
             ],
         )?;
         Ok(row.try_get(1)?)
@@ -243,15 +228,14 @@ impl Session {
 
     /// Ends the hold of this claim; false if it had been lost, or (with no version) had never come to be.
     pub(crate) fn release(&mut self, sql: &Sql, claim: &Claim, version: Option<i64>) -> Result<bool, Fault> {
-        let backend = self.backend;
+        let place = self.place(&sql.release);
         let row = self.run(
-            Prepared::Release,
             &sql.release,
             &[
                 (&claim.lock_id, Type::TEXT),
                 (&version, Type::INT8),
                 (&claim.lease_id, Type::UUID),
-                (&backend, Type::INT4),
+                (&place, Type::TEXT),
             ],
         )?;
         Ok(row.try_get(1)?)
@@ -280,50 +264,44 @@ impl Session {
         Ok(Found::Table { kind, persistence: row.try_get(2)?, columns: row.try_get(3)?, has_key: row.try_get(4)? })
     }
 
-    /// Creates the table; no error if another process did so at the same time.
-    pub(crate) fn create_table(&mut self, sql: &Sql) -> Result<(), Fault> {
+    /// Creates the table; false if another process did so at the same time.
+    pub(crate) fn create_table(&mut self, sql: &Sql) -> Result<bool, Fault> {
         match self.client.batch_execute(&sql.create_table) {
-            // IF NOT EXISTS looks before it creates: two at once can both go on, and one fails on a catalogue's index.
-            Err(error) if error.code().is_some_and(|code| TABLE_EXISTS.contains(code)) => Ok(()),
-            result => Ok(result?),
+            Err(error) if error.code().is_some_and(|code| TABLE_EXISTS.contains(code)) => Ok(false),
+            result => Ok(result.map(|()| true)?),
         }
     }
 
-    /// Runs a statement that returns one row, whose first column says whether it ran in our backend.
-    fn run(&mut self, prepared: Prepared, text: &str, parameters: &[Parameter<'_>]) -> Result<Row, Fault> {
+    /// What the last parameter of a prepared statement has to be.
+    fn place(&self, prepared: &Prepared) -> Option<String> {
+        self.backend.map(|backend| format!("{backend} {}", prepared.name))
+    }
+
+    /// Runs a statement that returns one row, whose first column says whether the statement was in its place.
+    fn run(&mut self, prepared: &Prepared, parameters: &[Parameter<'_>]) -> Result<Row, Fault> {
         if self.backend.is_none() {
-            return Ok(self.client.query_typed_one(text, parameters)?);
+            return Ok(self.client.query_typed_one(&prepared.text, parameters)?);
         }
-        let result = self.run_prepared(prepared, text, parameters);
+        let result = self.run_prepared(prepared, parameters);
         match &result {
-            Err(error) if error.code().is_some_and(|code| ANOTHER_BACKEND.contains(code)) => {
+            Err(error) if error.code().is_some_and(|code| NOT_OUR_STATEMENT.contains(code)) => {
                 self.route.recognise_pooler("a prepared statement was not there");
                 Err(Fault::Pooled)
             }
             Ok(row) if !row.try_get::<_, bool>(0)? => {
-                self.route.recognise_pooler("a statement ran in another backend");
+                self.route.recognise_pooler("a statement ran elsewhere");
                 Err(Fault::Pooled)
             }
             _ => Ok(result?),
         }
     }
 
-    fn run_prepared(
-        &mut self,
-        prepared: Prepared,
-        text: &str,
-        parameters: &[Parameter<'_>],
-    ) -> Result<Row, postgres::Error> {
-        let place = match prepared {
-            Prepared::Acquire => &mut self.acquire,
-            Prepared::Refresh => &mut self.refresh,
-            Prepared::Release => &mut self.release,
-        };
-        let statement = match place {
-            Some(statement) => statement,
-            None => {
+    fn run_prepared(&mut self, prepared: &Prepared, parameters: &[Parameter<'_>]) -> Result<Row, postgres::Error> {
+        let statement = match self.statements.entry(prepared.name.clone()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
                 let types: Vec<Type> = parameters.iter().map(|(_, type_)| type_.clone()).collect();
-                place.insert(self.client.prepare_typed(text, &types)?)
+                entry.insert(self.client.prepare_typed(&prepared.text, &types)?)
             }
         };
         let values: Vec<&(dyn ToSql + Sync)> = parameters.iter().map(|(value, _)| *value).collect();
@@ -331,23 +309,16 @@ impl Session {
     }
 }
 
-/// The statements that are prepared, being run often.
-#[derive(Clone, Copy)]
-enum Prepared {
-    Acquire,
-    Refresh,
-    Release,
-}
-
-/// What `CREATE TABLE` says when another session created the same table, or its row type, at the same time.
+/// What `CREATE TABLE` says when another session creates the same table, and so the row type of that name, at the same time.
 const TABLE_EXISTS: [SqlState; 3] = [SqlState::DUPLICATE_TABLE, SqlState::UNIQUE_VIOLATION, SqlState::DUPLICATE_OBJECT];
 
 /// What a prepared statement says in a backend that doesn't have it, has it already, or has another one of that name.
-const ANOTHER_BACKEND: [SqlState; 4] = [
+const NOT_OUR_STATEMENT: [SqlState; 5] = [
     SqlState::INVALID_SQL_STATEMENT_NAME,
     SqlState::DUPLICATE_PSTATEMENT,
     SqlState::PROTOCOL_VIOLATION,
     SqlState::INVALID_BINARY_REPRESENTATION,
+    SqlState::CHARACTER_NOT_IN_REPERTOIRE,
 ];
 
 impl Route {
@@ -359,12 +330,17 @@ impl Route {
 }
 
 impl Fault {
-    /// Whether the same on a fresh connection may work.
+    /// Whether the session can't be used any more, while the same on a fresh one may work.
     pub(crate) fn is_connection_fault(&self) -> bool {
         match self {
             Fault::Pooled => true,
             Fault::Postgres(error) => is_connection_fault(error),
         }
+    }
+
+    /// Whether what was asked may have happened all the same.
+    pub(crate) fn is_outcome_unknown(&self) -> bool {
+        !matches!(self, Fault::Pooled) && self.is_connection_fault()
     }
 }
 

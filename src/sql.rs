@@ -13,7 +13,8 @@
 //! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
 //! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
 //!   off. A release may be lost in a crash: then the lease runs out. It commits without waiting for the disk.
-//! - `$n = pg_backend_pid()` is a guard against poolers, see [`crate::session`].
+//! - A prepared statement does nothing unless it is told the backend that it runs in and its own name and table: a guard
+//!   against poolers, see [`crate::session`].
 
 use crate::options::PostgresStorageOptions;
 
@@ -72,13 +73,30 @@ pub(crate) struct Sql {
     /// The table with its schema, quoted.
     pub(crate) table: String,
     pub(crate) create_table: String,
-    pub(crate) acquire: String,
+    pub(crate) acquire: Prepared,
     pub(crate) lock_creation: String,
     pub(crate) create: String,
-    pub(crate) refresh: String,
-    pub(crate) release: String,
+    pub(crate) refresh: Prepared,
+    pub(crate) release: Prepared,
     pub(crate) get: String,
     pub(crate) list: String,
+}
+
+/// A statement that is run often, and so is prepared once a connection.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) text: String,
+    /// What the statement is, and for which table. Its last parameter has to say this, after the number of the backend.
+    pub(crate) name: String,
+}
+
+impl Prepared {
+    /// In `text`, `$HERE` stands for the check of the last parameter, which is `parameter`; NULL passes.
+    fn new(operation: &str, table: &str, parameter: &str, text: &str) -> Prepared {
+        let name = format!("{operation} {table}");
+        let place = format!("pg_backend_pid() || {}", literal(&format!(" {name}")));
+        Prepared { text: text.replace("$HERE", &format!("coalesce({parameter}::text, {place}) = {place}")), name }
+    }
 }
 
 impl Sql {
@@ -86,12 +104,11 @@ impl Sql {
         let table = format!("{}.{}", quote(&options.schema), quote(&options.table_name));
         let newest = format!("SELECT version FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1");
         let lease_from_now = |micros: &str| format!("clock_timestamp() + {micros}::bigint * interval '1 microsecond'");
-        let here = |pid: &str| format!("pg_backend_pid() = coalesce({pid}::int4, pg_backend_pid())");
         let information = "lock_id, owner_id, version, lock_begin_time, lease_expire_time, released_at, \
                            released_at IS NULL AND lease_expire_time > clock_timestamp() AS is_held";
         Sql {
             create_table: format!(
-                "CREATE TABLE IF NOT EXISTS {table} (\n    \
+                "CREATE TABLE {table} (\n    \
                      lock_id           text COLLATE \"C\" NOT NULL,\n    \
                      version           bigint           NOT NULL,\n    \
                      owner_id          text             NOT NULL,\n    \
@@ -102,14 +119,18 @@ impl Sql {
                      PRIMARY KEY (lock_id, version)\n\
                  ) WITH (fillfactor = 70)"
             ),
-            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 backend.
+            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 place.
             // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version.
             // A lease id takes a lock once: a copy of this statement that the network delivered late, after its
             // repetition was served and released, must not take the lock for nobody.
-            acquire: format!(
-                "WITH cur AS MATERIALIZED (
+            acquire: Prepared::new(
+                "acquire",
+                &table,
+                "$5",
+                &format!(
+                    "WITH cur AS MATERIALIZED (
     SELECT version, owner_id, lease_id, lease_expire_time, released_at FROM {table}
-    WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
+    WHERE lock_id = $1 AND $HERE ORDER BY version DESC LIMIT 1
 ), free AS MATERIALIZED (
     SELECT version FROM {table}
     WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3
@@ -122,11 +143,11 @@ impl Sql {
     WHERE lock_id = $1 AND version = (SELECT version FROM free)
     RETURNING version, lease_expire_time
 )
-SELECT {here}, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
+SELECT $HERE, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
        coalesce(taken.lease_expire_time, cur.lease_expire_time), clock_timestamp()
 FROM (VALUES (1)) AS one LEFT JOIN cur ON true LEFT JOIN taken ON true",
-                here = here("$5"),
-                lease = lease_from_now("$4"),
+                    lease = lease_from_now("$4"),
+                ),
             ),
             // $1 lock. Taken in a statement of its own, before `create` gets its snapshot.
             lock_creation: format!(
@@ -142,28 +163,36 @@ WHERE NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1)
 RETURNING version, lease_expire_time, clock_timestamp()",
                 lease = lease_from_now("$4"),
             ),
-            // $1 lock, $2 version, $3 lease id, $4 lease in microseconds, $5 backend.
-            refresh: format!(
-                "WITH refreshed AS (
+            // $1 lock, $2 version, $3 lease id, $4 lease in microseconds, $5 place.
+            refresh: Prepared::new(
+                "refresh",
+                &table,
+                "$5",
+                &format!(
+                    "WITH refreshed AS (
     UPDATE {table} SET lease_expire_time = {lease}
     WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
-      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
+      AND lease_expire_time > clock_timestamp() AND $HERE AND {DURABLE}
     RETURNING 1
 )
-SELECT {here}, EXISTS (SELECT FROM refreshed)",
-                here = here("$5"),
-                lease = lease_from_now("$4"),
+SELECT $HERE, EXISTS (SELECT FROM refreshed)",
+                    lease = lease_from_now("$4"),
+                ),
             ),
-            // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 backend.
-            release: format!(
-                "WITH released AS (
+            // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place.
+            release: Prepared::new(
+                "release",
+                &table,
+                "$4",
+                &format!(
+                    "WITH released AS (
     UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp())
     WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3
-      AND {here} AND set_config('synchronous_commit', 'off', true) IS NOT NULL
+      AND $HERE AND set_config('synchronous_commit', 'off', true) IS NOT NULL
     RETURNING 1
 )
-SELECT {here}, EXISTS (SELECT FROM released)",
-                here = here("$4"),
+SELECT $HERE, EXISTS (SELECT FROM released)",
+                ),
             ),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
             list: format!(

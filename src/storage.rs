@@ -2,12 +2,12 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::connections::Connections;
 use crate::error::{Error, Result};
+use crate::follow_up::{FollowUps, Outcome, Unfinished};
 use crate::hold::{Hold, Holds};
 use crate::options::{PostgresStorageOptions, check_id};
 use crate::session::{Acquired, Claim, Fault, Found, LockInformation, Session};
@@ -19,8 +19,6 @@ use crate::workers::{Urgency, Workers};
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// How long an unlock, or the drop of a guard, may take at most.
 pub(crate) const RELEASE_TIME: Duration = Duration::from_secs(2);
-/// How many unfinished acquires and releases are followed up at once; beyond that, their leases run out by themselves.
-const MAX_FOLLOW_UPS: usize = 16;
 
 /// An open storage for locks: a table on a PostgreSQL server, and a small pool of connections to it.
 ///
@@ -36,7 +34,7 @@ struct Inner {
     table_name: String,
     workers: Workers,
     holds: Holds,
-    follow_ups: AtomicUsize,
+    follow_ups: FollowUps,
 }
 
 /// What came of an attempt to take a lock.
@@ -79,7 +77,7 @@ impl PostgresStorage {
                 table_name: options.table_name,
                 workers: Workers::new(connections, max_connections),
                 holds: Holds::default(),
-                follow_ups: AtomicUsize::new(0),
+                follow_ups: FollowUps::default(),
             }),
         };
         storage.prepare_table(options.create_table)?;
@@ -155,8 +153,9 @@ impl PostgresStorage {
             if !create || !matches!(found, Found::NoTable) {
                 return Ok(found);
             }
-            session.create_table(sql)?;
-            log::info!(target: "storage_lock", "created table {}", sql.table);
+            if session.create_table(sql)? {
+                log::info!(target: "storage_lock", "created table {}", sql.table);
+            }
             session.inspect(&schema, &table_name)
         })?;
         match problem_of(&found) {
@@ -174,84 +173,52 @@ impl PostgresStorage {
         &self.inner.holds
     }
 
-    /// Tries to take the lock once, repeating after `misses` at most. No claim may be made twice: one whose outcome is not
-    /// known to the caller is released behind its back.
+    /// Tries to take the lock once, repeating after `misses` at most. No claim may be made twice: one whose outcome its
+    /// caller can't know is released behind its back.
     pub(crate) fn acquire(&self, claim: &Claim, misses: u32, deadline: Instant) -> Result<Attempt> {
-        let (sql, owned) = (Arc::clone(&self.inner.sql), claim.clone());
+        let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let describe = claim.lock_id.clone();
+        let mut is_repetition = false;
         let call = move |session: &mut Session| {
-            let mut missed = 0;
-            loop {
-                let outcome = match session.acquire(&sql, &owned)? {
-                    Acquired::Absent => session.create(&sql, &owned)?,
-                    outcome => outcome,
-                };
-                match outcome {
-                    Acquired::Taken { version, sent, left, taken_over_from } => {
-                        if let Some(before) = taken_over_from {
-                            log::info!(
-                                target: "storage_lock",
-                                "lock {:?} was taken over from {before:?}, whose lease had run out", owned.lock_id
-                            );
-                        }
-                        let term = Term::new(sent, left, owned.lease);
-                        if term.is_held(Instant::now()) {
-                            return Ok(Attempt::Taken { version, term });
-                        }
-                        // The answer took longer than the lease: nothing to trust.
-                        session.release(&sql, &owned, Some(version))?;
-                        return Ok(Attempt::Busy { left: None });
-                    }
-                    Acquired::Busy { version, owner_id, left } => {
-                        log::debug!(
-                            target: "storage_lock",
-                            "lock {:?} is busy: held by {owner_id:?} as version {version}, {left:?} left on the lease",
-                            owned.lock_id
-                        );
-                        return Ok(Attempt::Busy { left: Some(left) });
-                    }
-                    Acquired::Missed | Acquired::Absent if missed < misses => missed += 1,
-                    Acquired::Missed | Acquired::Absent => return Ok(Attempt::Busy { left: None }),
-                }
+            // The try before this one may yet come through. If this one finds its hold, it is ours; if not, it is a stray.
+            let may_be_followed_by_a_stray = std::mem::replace(&mut is_repetition, true);
+            let attempt = acquire_on(session, &sql, &owned, misses, deadline)?;
+            if may_be_followed_by_a_stray && matches!(attempt, Attempt::Busy { .. }) {
+                storage.follow_up(Unfinished::new(owned.clone(), None, Instant::now()));
             }
+            Ok(attempt)
         };
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let unfinished = move |late: Option<(&mut Session, Attempt)>| match late {
             Some((session, Attempt::Taken { version, .. })) => {
                 log::debug!(target: "storage_lock", "lock {:?} was taken too late, and is released", owned.lock_id);
                 if session.release(&sql, &owned, Some(version)).is_err() {
-                    session.mark_broken();
-                    storage.follow_up(owned);
+                    storage.follow_up(Unfinished::new(owned, Some(version), Instant::now()));
                 }
             }
             Some((_, Attempt::Busy { .. })) => {}
-            None => storage.follow_up(owned),
+            None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
         };
         let action = move || format!("acquire lock {describe:?}");
         self.inner.workers.call(Urgency::Ordinary, deadline, action, call, unfinished)
     }
 
-    /// Sends a refresh, and hands `done` the instant at which it was sent and whether the hold was there.
-    pub(crate) fn send_refresh(
-        &self,
-        hold: &Arc<Hold>,
-        deadline: Instant,
-        done: impl Fn(&Hold, Instant, Result<bool>) + Send + 'static,
-    ) {
-        let (sql, called, wanted, answered) =
-            (Arc::clone(&self.inner.sql), Arc::clone(hold), Arc::clone(hold), Arc::clone(hold));
-        let describe = Arc::clone(hold);
+    /// Sends a refresh. Its answer goes to the hold, also when it comes late.
+    pub(crate) fn send_refresh(&self, hold: &Arc<Hold>, number: u64, deadline: Instant) {
+        let sql = Arc::clone(&self.inner.sql);
+        let (described, wanted, called, answered) =
+            (Arc::clone(hold), Arc::clone(hold), Arc::clone(hold), Arc::clone(hold));
         self.inner.workers.send(
             deadline,
-            move || format!("refresh lock {:?}", describe.claim.lock_id),
-            move || wanted.state().guards > 0,
+            move || format!("refresh lock {:?}", described.claim.lock_id),
+            move || wanted.is_to_be_refreshed(),
             move |session| {
                 let sent = Instant::now();
                 Ok((sent, session.refresh(&sql, &called.claim, called.version)?))
             },
             move |result: Result<(Instant, bool)>| match result {
-                Ok((sent, is_there)) => done(&answered, sent, Ok(is_there)),
-                Err(error) => done(&answered, Instant::now(), Err(error)),
+                Ok((sent, is_there)) => answered.refreshed(number, sent, Ok(is_there)),
+                Err(error) => answered.refreshed(number, Instant::now(), Err(error)),
             },
         );
     }
@@ -261,62 +228,108 @@ impl PostgresStorage {
         let deadline = Instant::now() + RELEASE_TIME;
         let mut failures = 0;
         loop {
-            let (sql, claim, version) = (Arc::clone(&self.inner.sql), hold.claim.clone(), hold.version);
-            let describe = claim.lock_id.clone();
-            let result = self.inner.workers.call(
-                Urgency::Urgent,
-                deadline,
-                move || format!("release lock {describe:?}"),
-                move |session| session.release(&sql, &claim, Some(version)),
-                |_| (),
-            );
-            failures += 1;
-            let pause = backoff(failures);
-            match result {
-                Ok(true) => return Ok(()),
-                Ok(false) => return Err(hold.lost()),
-                Err(error) if error.is_transient() && Instant::now() + pause < deadline => thread::sleep(pause),
+            match self.release_claim(Urgency::Urgent, deadline, &hold.claim, Some(hold.version)) {
+                Ok((true, _)) => return Ok(()),
+                // The answer to an earlier try was lost, and the hold has gone since, while nobody but ourselves could
+                // end it: it was that try.
+                Ok((false, is_repetition)) if (is_repetition || failures > 0) && hold.is_held() => return Ok(()),
+                Ok((false, _)) => return Err(hold.lost()),
                 Err(error) => {
-                    self.follow_up(hold.claim.clone());
-                    return Err(error);
+                    failures += 1;
+                    let pause = backoff(failures);
+                    if !error.is_transient() || Instant::now() + pause >= deadline {
+                        self.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), Instant::now()));
+                        return Err(error);
+                    }
+                    thread::sleep(pause);
                 }
             }
         }
     }
 
-    /// Releases in the background what a claim may have taken, or may not have given back, until it is done or the lease
-    /// has run out by itself.
-    fn follow_up(&self, claim: Claim) {
-        if self.inner.follow_ups.fetch_add(1, Ordering::Relaxed) >= MAX_FOLLOW_UPS {
-            self.inner.follow_ups.fetch_sub(1, Ordering::Relaxed);
+    /// Whether there was something to release, and whether it took more than one try.
+    fn release_claim(
+        &self,
+        urgency: Urgency,
+        deadline: Instant,
+        claim: &Claim,
+        version: Option<i64>,
+    ) -> Result<(bool, bool)> {
+        let (sql, claim) = (Arc::clone(&self.inner.sql), claim.clone());
+        let describe = claim.lock_id.clone();
+        let mut is_repetition = false;
+        let call = move |session: &mut Session| {
+            let was_tried = std::mem::replace(&mut is_repetition, true);
+            Ok((session.release(&sql, &claim, version)?, was_tried))
+        };
+        self.inner.workers.call(urgency, deadline, move || format!("release lock {describe:?}"), call, |_| ())
+    }
+
+    /// Releases in the background what may be left of a claim.
+    pub(crate) fn follow_up(&self, unfinished: Unfinished) {
+        if !self.inner.follow_ups.add(unfinished) {
             return;
         }
         let storage = self.clone();
-        let follow_up = move || {
-            let end = Instant::now() + claim.lease;
-            let mut failures = 0;
-            while Instant::now() < end {
-                let (sql, claim) = (Arc::clone(&storage.inner.sql), claim.clone());
-                let describe = claim.lock_id.clone();
-                let result = storage.inner.workers.call(
-                    Urgency::Urgent,
-                    end,
-                    move || format!("follow up on lock {describe:?}"),
-                    move |session| session.release(&sql, &claim, None),
-                    |_| (),
-                );
-                match result {
-                    Ok(_) => break,
-                    Err(error) => log::debug!(target: "storage_lock", "{error}"),
+        let run = move || {
+            storage.inner.follow_ups.run(|unfinished| {
+                let deadline = Instant::now() + RELEASE_TIME;
+                match storage.release_claim(Urgency::Ordinary, deadline, &unfinished.claim, unfinished.version) {
+                    Ok((true, _)) => Outcome::Released,
+                    Ok((false, _)) => Outcome::NotThere,
+                    Err(error) if error.is_transient() => Outcome::Failed,
+                    Err(_) => Outcome::Hopeless,
                 }
-                failures += 1;
-                thread::sleep(backoff(failures));
-            }
-            storage.inner.follow_ups.fetch_sub(1, Ordering::Relaxed);
+            });
         };
-        if let Err(error) = thread::Builder::new().name("lock-follow-up".to_owned()).spawn(follow_up) {
-            self.inner.follow_ups.fetch_sub(1, Ordering::Relaxed);
+        if let Err(error) = thread::Builder::new().name("lock-follow-up".to_owned()).spawn(run) {
+            self.inner.follow_ups.give_up();
             log::debug!(target: "storage_lock", "cannot start a thread: {error}");
+        }
+    }
+}
+
+/// Acquires, or creates the lock's first hold, on the worker's thread.
+fn acquire_on(
+    session: &mut Session,
+    sql: &Sql,
+    claim: &Claim,
+    misses: u32,
+    deadline: Instant,
+) -> Result<Attempt, Fault> {
+    let mut missed = 0;
+    loop {
+        let outcome = match session.acquire(sql, claim)? {
+            Acquired::Absent => session.create(sql, claim)?,
+            outcome => outcome,
+        };
+        match outcome {
+            Acquired::Taken { version, sent, left, taken_over_from } => {
+                if let Some(before) = taken_over_from {
+                    let lock_id = &claim.lock_id;
+                    log::info!(
+                        target: "storage_lock",
+                        "lock {lock_id:?} was taken over from {before:?}, whose lease had run out"
+                    );
+                }
+                let term = Term::new(sent, left, claim.lease);
+                if term.is_held(Instant::now()) {
+                    return Ok(Attempt::Taken { version, term });
+                }
+                // The answer took longer than the lease: nothing to trust.
+                session.release(sql, claim, Some(version))?;
+                return Ok(Attempt::Busy { left: None });
+            }
+            Acquired::Busy { version, owner_id, left } => {
+                let lock_id = &claim.lock_id;
+                log::debug!(
+                    target: "storage_lock",
+                    "lock {lock_id:?} is busy: held by {owner_id:?} as version {version}, {left:?} left on the lease"
+                );
+                return Ok(Attempt::Busy { left: Some(left) });
+            }
+            Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
+            Acquired::Missed | Acquired::Absent => return Ok(Attempt::Busy { left: None }),
         }
     }
 }

@@ -23,27 +23,34 @@ pub(crate) fn safety_margin(lease: Duration) -> Duration {
     (lease / 10).min(Duration::from_secs(1))
 }
 
+/// What must be left of a lease for repeating a refresh that failed.
+pub(crate) fn retry_time(lease: Duration) -> Duration {
+    (lease / 3).max(Duration::from_millis(300))
+}
+
 /// For how long a hold is trusted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Term {
+    /// When the request was sent that granted or renewed the lease last.
+    sent: Instant,
     deadline: Instant,
-    margin: Duration,
-    lost: bool,
+    lease: Duration,
+    is_lost: bool,
 }
 
 impl Term {
     /// A term that was granted by an answer with `left` on the lease, to a request sent at `sent`.
     pub(crate) fn new(sent: Instant, left: Duration, lease: Duration) -> Term {
-        let margin = safety_margin(lease);
-        Term { deadline: sent + left.min(lease).saturating_sub(margin), margin, lost: false }
+        let deadline = sent + left.min(lease).saturating_sub(safety_margin(lease));
+        Term { sent, deadline, lease, is_lost: false }
     }
 
     pub(crate) fn is_held(&self, now: Instant) -> bool {
-        !self.lost && now < self.deadline
+        !self.is_lost && now < self.deadline
     }
 
     pub(crate) fn remaining(&self, now: Instant) -> Duration {
-        if self.lost { Duration::ZERO } else { self.deadline.saturating_duration_since(now) }
+        if self.is_lost { Duration::ZERO } else { self.deadline.saturating_duration_since(now) }
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -51,15 +58,23 @@ impl Term {
     }
 
     /// A refresh sent at `sent` was answered: the lease was renewed to its full length. Too late an answer changes nothing.
-    pub(crate) fn extend(&mut self, now: Instant, sent: Instant, lease: Duration) {
-        if self.is_held(now) {
-            self.deadline = self.deadline.max(sent + (lease - self.margin));
+    pub(crate) fn extend(&mut self, now: Instant, sent: Instant) {
+        if self.is_held(now) && sent > self.sent {
+            self.sent = sent;
+            self.deadline = self.deadline.max(sent + (self.lease - safety_margin(self.lease)));
         }
+    }
+
+    /// When to refresh: `interval` after the last time, but early enough to repeat it where the term is a short one, as of
+    /// a hold that was recognised late.
+    pub(crate) fn next_refresh(&self, interval: Duration) -> Instant {
+        let for_repeating = retry_time(self.lease).saturating_sub(safety_margin(self.lease));
+        (self.sent + interval).min(self.deadline.checked_sub(for_repeating).unwrap_or(self.sent))
     }
 
     /// The hold is over, for good.
     pub(crate) fn lose(&mut self) {
-        self.lost = true;
+        self.is_lost = true;
     }
 
     /// How long an attempt to refresh may take: short enough to leave time for another, should it be stuck.
@@ -98,10 +113,10 @@ mod tests {
         let start = Instant::now();
         let mut term = Term::new(start, LEASE, LEASE);
         // Sent at 5 s, answered at 28 s: the lease counts from 5 s.
-        term.extend(start + s(28), start + s(5), LEASE);
+        term.extend(start + s(28), start + s(5));
         assert_eq!(term.deadline(), start + s(34));
         // Sent at 6 s, but answered when the term was over.
-        term.extend(start + s(34), start + s(6), LEASE);
+        term.extend(start + s(34), start + s(6));
         assert_eq!(term.deadline(), start + s(34));
         assert!(!term.is_held(start + s(34)));
     }
@@ -110,8 +125,8 @@ mod tests {
     fn an_older_answer_does_not_shorten_the_term() {
         let start = Instant::now();
         let mut term = Term::new(start, LEASE, LEASE);
-        term.extend(start + s(11), start + s(10), LEASE);
-        term.extend(start + s(12), start + s(5), LEASE);
+        term.extend(start + s(11), start + s(10));
+        term.extend(start + s(12), start + s(5));
         assert_eq!(term.deadline(), start + s(39));
     }
 
@@ -120,7 +135,7 @@ mod tests {
         let start = Instant::now();
         let mut term = Term::new(start, LEASE, LEASE);
         term.lose();
-        term.extend(start + s(1), start, LEASE);
+        term.extend(start + s(1), start);
         assert!(!term.is_held(start + s(1)));
         assert_eq!(term.remaining(start + s(1)), s(0));
     }
@@ -140,6 +155,15 @@ mod tests {
         assert_eq!(term.attempt_time(start), s(5));
         assert_eq!(term.attempt_time(start + s(27)), s(1));
         assert_eq!(term.attempt_time(start + s(99)), SHORTEST_ATTEMPT);
+    }
+
+    #[test]
+    fn a_refresh_is_due_after_its_interval_and_never_too_late_to_repeat_it() {
+        let sent = Instant::now();
+        assert_eq!(Term::new(sent, LEASE, LEASE).next_refresh(s(5)), sent + s(5));
+        assert_eq!(Term::new(sent, LEASE, LEASE).next_refresh(s(20)), sent + s(20));
+        // Recognised with 15 s left: the deadline is at 14 s, and 9 s are for repeating.
+        assert_eq!(Term::new(sent, s(15), LEASE).next_refresh(s(20)), sent + s(5));
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Patience {
     /// When an attempt that starts now has to be back, given how long it may take where nobody is in a hurry.
     pub(crate) fn attempt_deadline(&self, now: Instant, longest: Duration) -> Instant {
         match self {
-            Patience::Until(end) => (now + longest).min(*end.max(&now) + SLACK),
+            Patience::Until(end) => (now + longest).min(end.max(&now).checked_add(SLACK).unwrap_or(*end)),
             Patience::None | Patience::Forever => now + longest,
         }
     }

@@ -1,7 +1,7 @@
 //! The threads that make the database calls, each call with a deadline.
 //!
 //! The blocking client can neither be interrupted nor be used on a thread of an async runtime, so no caller ever touches it. A
-//! call is a task in a queue; a worker takes it, checks a connection out, and runs it. The caller waits until the
+//! call is a task in a queue; a worker takes it and runs it on its connection, which it keeps. The caller waits until the
 //! answer or the deadline, whichever is first. A call that overruns its deadline costs its connection and, for as long
 //! as it is stuck, its worker, which another one replaces; the stuck worker finishes the call alone, and undoes what
 //! came of it too late. So:
@@ -11,17 +11,19 @@
 //! - Urgent tasks (refresh, release) go first, and with two workers or more one is never given to another task.
 //! - No mutex is held while a task runs.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::connections::{Connections, MAX_STUCK};
+use crate::connections::{CheckedOut, Connections};
 use crate::error::{Error, Result};
 use crate::session::{Fault, Session};
+use crate::stragglers::Stragglers;
 
-/// A worker without work ends after this.
-const IDLE_TIME: Duration = Duration::from_secs(10);
+/// A worker without work ends after this, and closes its connection.
+const IDLE_TIME: Duration = Duration::from_secs(60);
 /// How often a call is made in all when its connections break.
 const MAX_TRIES: u32 = 3;
 /// Enough for the client, the logger and TLS; only what is touched counts.
@@ -46,8 +48,9 @@ pub(crate) enum Urgency {
     Ordinary,
 }
 
-/// What a task is given: a session, or why there is none. It answers whether to try again with another session.
-type Step = Box<dyn FnMut(Result<&mut Session>) -> Next + Send>;
+/// What a task is given: a session, or why there is none, and the worker that runs it. It answers whether to try again with
+/// another session.
+type Step = Box<dyn FnMut(Result<&mut Session>, &Place<'_>) -> Next + Send>;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
@@ -82,6 +85,7 @@ struct State {
     workers: HashMap<u64, Option<Running>>,
     idle: usize,
     next_id: u64,
+    stragglers: Stragglers,
     is_closed: bool,
 }
 
@@ -117,10 +121,11 @@ impl State {
         if self.ordinary_places(now, max_live) == 0 { None } else { self.ordinary.pop_front() }
     }
 
-    /// Whether a further worker would find something to do.
-    fn wants_worker(&self, now: Instant, max_live: usize) -> bool {
+    /// Whether a further worker would find something to do, and may be started.
+    fn may_add_worker(&mut self, now: Instant, max_live: usize) -> bool {
         let startable = self.urgent.len() + self.ordinary.len().min(self.ordinary_places(now, max_live));
-        startable > self.idle && self.live(now) < max_live && self.workers.len() < max_live + MAX_STUCK
+        let live = self.live(now);
+        startable > self.idle && live < max_live && self.stragglers.may_add(self.workers.len() - live, now)
     }
 }
 
@@ -138,8 +143,8 @@ impl Workers {
     /// Makes a call and waits for its result until `deadline`.
     ///
     /// `call` may run more than once, on different connections. `unfinished` hears on the worker's thread of a value that
-    /// came too late for the caller, with the session that it came from, and, with nothing, of a call that was made and
-    /// failed: what it asked for may have happened.
+    /// came too late for the caller, with the session that it came from, and, with nothing, of a call that failed although
+    /// what it asked for may have happened.
     pub(crate) fn call<T: Send + 'static>(
         &self,
         urgency: Urgency,
@@ -151,8 +156,8 @@ impl Workers {
         let started = Instant::now();
         let slot = Slot::new();
         let mut caller = Some((Reply(Arc::clone(&slot)), unfinished));
-        let (mut tries, describe) = (0, action.clone());
-        let step = move |session: Result<&mut Session>| {
+        let (mut tries, mut is_unknown, describe) = (0, false, action.clone());
+        let step = move |session: Result<&mut Session>, place: &Place<'_>| {
             let Some((reply, _)) = &caller else { return Next::Done };
             let result = match session {
                 Err(error) => Err(error),
@@ -162,6 +167,7 @@ impl Workers {
                     match call(session) {
                         Ok(value) => Ok((session, value)),
                         Err(fault) => {
+                            is_unknown |= fault.is_outcome_unknown();
                             if fault.is_connection_fault() {
                                 session.mark_broken();
                                 if tries < MAX_TRIES && reply.is_wanted() {
@@ -174,15 +180,17 @@ impl Workers {
                 }
             };
             if let Some((reply, unfinished)) = caller.take() {
+                place.free();
                 match result {
                     Ok((session, value)) => {
                         if let Err(value) = reply.answer(value) {
+                            place.take_back();
                             unfinished(Some((session, value)));
                         }
                     }
                     Err(error) => {
                         reply.fail(error);
-                        if tries > 0 {
+                        if is_unknown {
                             unfinished(None);
                         }
                     }
@@ -208,7 +216,7 @@ impl Workers {
         mut call: impl FnMut(&mut Session) -> Result<T, Fault> + Send + 'static,
         done: impl Fn(Result<T>) + Send + 'static,
     ) {
-        let step = move |session: Result<&mut Session>| {
+        let step = move |session: Result<&mut Session>, _: &Place<'_>| {
             if !is_wanted() {
                 return Next::Done;
             }
@@ -243,7 +251,7 @@ impl Workers {
         let Some(connections) = &self.connections else { return };
         loop {
             let mut state = lock(&self.shared.state);
-            if !state.wants_worker(Instant::now(), self.shared.max_live) {
+            if !state.may_add_worker(Instant::now(), self.shared.max_live) {
                 return;
             }
             let id = state.next_id;
@@ -252,7 +260,8 @@ impl Workers {
             // Counted as idle until it has looked for a task, so that the next call here doesn't start one more.
             state.idle += 1;
             drop(state);
-            let worker = Worker { id, shared: Arc::clone(&self.shared), connections: connections.clone() };
+            let (shared, connections) = (Arc::clone(&self.shared), connections.clone());
+            let worker = Worker { id, shared, connections, connection: None };
             let started = thread::Builder::new()
                 .name("lock-worker".to_owned())
                 .stack_size(STACK_BYTES)
@@ -267,7 +276,7 @@ impl Workers {
                     drop(state);
                     for mut task in tasks {
                         let source = std::io::Error::new(source.kind(), source.to_string());
-                        (task.step)(Err(Error::Thread { source }));
+                        (task.step)(Err(Error::Thread { source }), &Place::default());
                     }
                 }
                 return;
@@ -292,59 +301,102 @@ impl Drop for Workers {
     }
 }
 
+/// A worker's place among the workers, as the task that it runs sees it. A worker is counted as idle just before its caller
+/// gets the answer: with the next call the caller would else find it busy still, and start another worker.
+#[derive(Default)]
+struct Place<'a> {
+    worker: Option<(&'a Shared, u64, Running)>,
+    is_free: Cell<bool>,
+}
+
+impl Place<'_> {
+    fn free(&self) {
+        if let Some((shared, id, _)) = self.worker
+            && !self.is_free.replace(true)
+        {
+            let mut state = lock(&shared.state);
+            state.workers.insert(id, None);
+            state.idle += 1;
+        }
+    }
+
+    fn take_back(&self) {
+        if let Some((shared, id, running)) = self.worker
+            && self.is_free.replace(false)
+        {
+            let mut state = lock(&shared.state);
+            state.workers.insert(id, Some(running));
+            state.idle -= 1;
+        }
+    }
+}
+
 struct Worker {
     id: u64,
     shared: Arc<Shared>,
     connections: Connections,
+    connection: Option<CheckedOut>,
 }
 
 impl Worker {
-    fn run(self) {
-        let mut state = lock(&self.shared.state);
+    fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let mut state = lock(&shared.state);
         state.idle -= 1;
         loop {
             let now = Instant::now();
-            // A worker that replaced this one, while it was stuck, does its work.
-            if state.live(now) > self.shared.max_live {
-                return;
-            }
-            let Some(task) = state.next_task(now, self.shared.max_live) else {
-                if state.is_closed {
-                    return;
+            // Another worker replaced this one while it was stuck, or there is no more work.
+            let is_surplus = state.live(now) > shared.max_live;
+            let Some(task) = (if is_surplus { None } else { state.next_task(now, shared.max_live) }) else {
+                if !is_surplus && !state.is_closed {
+                    state.idle += 1;
+                    state = wait_until(&shared.wake, state, now + IDLE_TIME);
+                    state.idle -= 1;
+                    if now.elapsed() < IDLE_TIME || !state.urgent.is_empty() || !state.ordinary.is_empty() {
+                        continue;
+                    }
                 }
-                state.idle += 1;
-                state = wait_until(&self.shared.wake, state, now + IDLE_TIME);
-                state.idle -= 1;
-                if now.elapsed() >= IDLE_TIME && state.urgent.is_empty() && state.ordinary.is_empty() {
-                    return;
-                }
-                continue;
+                // Under the same mutex as the decision to leave: whoever submits a task next doesn't count on this worker.
+                state.workers.remove(&self.id);
+                break;
             };
-            state.workers.insert(self.id, Some(Running { urgency: task.urgency, deadline: task.deadline }));
+            let running = Running { urgency: task.urgency, deadline: task.deadline };
+            state.workers.insert(self.id, Some(running));
             drop(state);
-            self.run_task(task);
-            state = lock(&self.shared.state);
-            state.workers.insert(self.id, None);
+            let place = Place { worker: Some((&shared, self.id, running)), is_free: Cell::new(false) };
+            self.run_task(task, &place);
+            place.free();
+            state = lock(&shared.state);
+            state.idle -= 1;
             if !state.ordinary.is_empty() {
                 // This task's end may be what an ordinary task waited for, while this worker takes an urgent one.
-                self.shared.wake.notify_one();
+                shared.wake.notify_one();
             }
+        }
+        drop(state);
+        if let Some(connection) = self.connection.take() {
+            connection.close();
         }
     }
 
-    fn run_task(&self, mut task: Task) {
+    fn run_task(&mut self, mut task: Task, place: &Place<'_>) {
         loop {
-            let mut checked_out = match self.connections.check_out(task.deadline) {
-                Ok(checked_out) => checked_out,
-                Err(error) => {
-                    (task.step)(Err(error));
-                    return;
-                }
+            let mut connection = match self.connection.take() {
+                Some(connection) => connection,
+                None => match self.connections.check_out(task.deadline) {
+                    Ok(connection) => connection,
+                    Err(error) => {
+                        (task.step)(Err(error), place);
+                        return;
+                    }
+                },
             };
-            let Some(session) = checked_out.session() else { continue };
-            let next = (task.step)(Ok(session));
+            let Some(session) = connection.usable() else { continue };
+            let next = (task.step)(Ok(session), place);
             if task.deadline < Instant::now() {
-                session.retire();
+                connection.close();
+            } else {
+                self.connection = Some(connection);
             }
             if next == Next::Done {
                 return;
@@ -354,6 +406,7 @@ impl Worker {
 }
 
 impl Drop for Worker {
+    /// After a panic.
     fn drop(&mut self) {
         lock(&self.shared.state).workers.remove(&self.id);
     }

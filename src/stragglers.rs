@@ -1,0 +1,48 @@
+//! How many threads may be left behind in calls that never end.
+//!
+//! A thread in the client can't be interrupted. A few stuck ones are replaced at once. When more and more get stuck the server is
+//! likely to be frozen, and further ones would only add to the pile; but it may also be a box in between that swallowed
+//! just these connections and serves new ones, so one more is let go from time to time.
+
+use std::time::{Duration, Instant};
+
+/// Never more than this.
+pub(crate) const MAX: usize = 64;
+const AT_ONCE: usize = 8;
+const ONE_MORE_AFTER: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+pub(crate) struct Stragglers {
+    last_extra: Option<Instant>,
+}
+
+impl Stragglers {
+    /// Whether another thread may be started while `stuck` are stuck.
+    pub(crate) fn may_add(&mut self, stuck: usize, now: Instant) -> bool {
+        if stuck < AT_ONCE {
+            return true;
+        }
+        let may = stuck < MAX && self.last_extra.is_none_or(|last| now.duration_since(last) >= ONE_MORE_AFTER);
+        if may {
+            self.last_extra = Some(now);
+        }
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_may_be_stuck_and_then_one_more_each_half_minute_up_to_64() {
+        let (mut stragglers, start) = (Stragglers::default(), Instant::now());
+        assert!((0..8).all(|stuck| stragglers.may_add(stuck, start)));
+        assert!(stragglers.may_add(8, start));
+        assert!(!stragglers.may_add(9, start + Duration::from_secs(29)));
+        assert!(stragglers.may_add(9, start + Duration::from_secs(30)));
+        assert!(!stragglers.may_add(10, start + Duration::from_secs(59)));
+        assert!(stragglers.may_add(63, start + Duration::from_secs(60)));
+        assert!(!stragglers.may_add(64, start + Duration::from_secs(1_000)));
+    }
+}

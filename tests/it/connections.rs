@@ -1,0 +1,212 @@
+//! Connections that break, and answers that get lost.
+
+use std::net::TcpListener;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Socket, Type};
+use storage_lock::{Error, PostgresStorage, StorageLock};
+
+use crate::support::proxy::Proxy;
+use crate::support::{Table, chain, dsn, eventually, is_refreshed, ms, short_lock, takes_at_most};
+
+/// A table, a proxy before its server, and a storage that goes through the proxy.
+fn proxied() -> (Table, Proxy, PostgresStorage) {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    (table, proxy, storage)
+}
+
+#[test]
+fn an_acquire_whose_answer_was_lost_recognises_its_own_hold() {
+    let (table, proxy, storage) = proxied();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    // The first hold of a lock, and a later one.
+    for (version, owner) in [(1, "first-owner"), (2, "second-owner")] {
+        proxy.lose_answer_to(owner.as_bytes());
+        let start = Instant::now();
+        let guard = lock.try_lock(owner).unwrap().expect("not busy: held by ourselves");
+        assert!(start.elapsed() < ms(5_000));
+        assert_eq!(proxy.lost_answers(), usize::try_from(version).unwrap(), "the answer was not lost");
+        assert_eq!(guard.version(), version, "the lost hold and this one are the same");
+        assert!(guard.is_held());
+        guard.unlock().unwrap();
+    }
+    assert!(table.lock("l").try_lock("other").unwrap().is_some());
+}
+
+#[test]
+fn a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease() {
+    let (table, proxy, storage) = proxied();
+    let guard = StorageLock::new(&storage, "some-lock").unwrap().lock("worker").unwrap();
+    proxy.lose_answer_to(b"some-lock");
+    guard.unlock().unwrap();
+    assert_eq!(proxy.lost_answers(), 1);
+    assert!(table.lock("some-lock").try_lock("other").unwrap().is_some());
+}
+
+#[test]
+fn a_refresh_whose_answer_was_lost_is_repeated() {
+    let (_table, proxy, storage) = proxied();
+    let guard = short_lock(&storage, "some-lock", ms(2_000), ms(100)).lock("worker").unwrap();
+    for lost in 1..=3 {
+        proxy.lose_answer_to(b"some-lock");
+        eventually("an answer is lost", || proxy.lost_answers() == lost);
+        is_refreshed(&guard);
+        assert!(guard.is_held());
+    }
+    guard.unlock().unwrap();
+}
+
+#[test]
+fn a_connection_that_was_ended_under_a_held_lock_is_replaced() {
+    let table = Table::new();
+    let dsn = format!("{} application_name={}", table.dsn, table.name);
+    let storage = Table::of(&dsn, &table.name).storage();
+    let guard = short_lock(&storage, "l", ms(2_000), ms(100)).lock("worker").unwrap();
+    let mut client = table.client();
+    for _ in 0..10 {
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1";
+        let ended: i64 = client.query_one(sql, &[&table.name]).unwrap().get(0);
+        is_refreshed(&guard);
+        assert!(guard.is_held() && ended <= 4, "{ended} connections");
+    }
+    client
+        .execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", &[&table.name])
+        .unwrap();
+    guard.unlock().unwrap();
+    assert!(table.lock("l").try_lock("other").unwrap().is_some());
+}
+
+#[test]
+fn with_all_packets_swallowed_every_call_comes_back() {
+    let (table, proxy, storage) = proxied();
+    let lock = short_lock(&storage, "l", ms(3_000), ms(500));
+    let free = StorageLock::new(&storage, "free").unwrap();
+    let guard = lock.lock("worker").unwrap();
+    proxy.swallow();
+    let start = Instant::now();
+    // A held lock, while the network is gone: the drop is bounded, and the hold ends by itself.
+    thread::scope(|scope| {
+        let dropped = scope.spawn(|| takes_at_most(ms(2_500), "drop", || drop(guard)));
+        for _ in 0..20 {
+            scope.spawn(|| {
+                let result = takes_at_most(ms(2_000), "try_lock_for", || free.try_lock_for("worker", ms(1_000)));
+                assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
+            });
+        }
+        dropped.join().unwrap();
+    });
+    let error = takes_at_most(ms(11_000), "try_lock", || free.try_lock("worker")).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert!(start.elapsed() < Duration::from_secs(20));
+    eventually("the lock is free", || table.lock("l").try_lock("other").unwrap().is_some());
+    takes_at_most(ms(500), "closing", || drop((lock, free, storage)));
+}
+
+/// An acquire that the server carries out after its caller has gone.
+#[test]
+fn a_waiter_that_gave_up_leaves_no_lock_behind() {
+    let table = Table::new();
+    let storage = table.storage();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    drop(lock.lock("warm-up").unwrap());
+    let mut client = table.client();
+    for _ in 0..3 {
+        // Nobody reads or writes the table for a while.
+        let mut transaction = client.transaction().unwrap();
+        transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
+        let sql = format!("SELECT max(version) FROM {}", table.name);
+        let version: i64 = transaction.query_one(&sql, &[]).unwrap().get(0);
+        let result = takes_at_most(ms(1_500), "try_lock_for", || lock.try_lock_for("gave-up", ms(300)));
+        assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
+        transaction.commit().unwrap();
+        eventually("the late hold is given back", || {
+            let now = storage.get("l").unwrap().unwrap();
+            now.version > version && !now.is_held
+        });
+    }
+    assert!(lock.try_lock("worker").unwrap().is_some());
+}
+
+#[test]
+fn a_dsn_to_an_address_that_answers_nothing_fails_within_the_connect_timeout() {
+    // Accepts, by its kernel, and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    // Doesn't even accept: its queue is full, and the kernel drops what asks for more.
+    let full = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    full.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    full.listen(0).unwrap();
+    let full_address = full.local_addr().unwrap();
+    let queued: Vec<Socket> = (0..8)
+        .map(|_| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            socket.connect(&full_address).ok();
+            socket
+        })
+        .collect();
+    for port in [silent.local_addr().unwrap().port(), full_address.as_socket().unwrap().port()] {
+        let start = Instant::now();
+        let dsn = format!("host=127.0.0.1 port={port} user=u connect_timeout=1");
+        let error = StorageLock::connect("l", &dsn).unwrap_err();
+        assert!((ms(900)..ms(2_000)).contains(&start.elapsed()), "{:?}", start.elapsed());
+        assert!(matches!(error, Error::Timeout { .. } | Error::Connect { .. }), "{}", chain(&error));
+        let start = Instant::now();
+        StorageLock::connect("l", &format!("host=127.0.0.1 port={port} user=u")).unwrap_err();
+        assert!((ms(4_500)..ms(7_000)).contains(&start.elapsed()), "the default: {:?}", start.elapsed());
+    }
+    drop(queued);
+}
+
+#[test]
+fn of_several_hosts_the_first_that_answers_is_used() {
+    let table = Table::new();
+    let config: postgres::Config = dsn().parse().unwrap();
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = config.get_ports()[0];
+    let several = dsn()
+        .replace("host=127.0.0.1", "host=127.0.0.1,127.0.0.1")
+        .replace(&format!("port={port}"), &format!("port={dead},{port}"));
+    assert_ne!(several, dsn(), "the test needs host and port in the DSN");
+    drop(Table::of(&several, &table.name).lock("l").lock("worker").unwrap());
+}
+
+#[test]
+fn a_url_is_a_dsn_too() {
+    let table = Table::new();
+    let config: postgres::Config = dsn().parse().unwrap();
+    let url = format!(
+        "postgresql://{}:{}@127.0.0.1:{}/{}?connect_timeout=3",
+        config.get_user().unwrap(),
+        String::from_utf8_lossy(config.get_password().unwrap()),
+        config.get_ports()[0],
+        config.get_dbname().unwrap()
+    );
+    drop(Table::of(&url, &table.name).lock("l").lock("worker").unwrap());
+}
+
+#[test]
+fn an_exhausted_server_is_an_error_that_says_so_and_not_for_ever() {
+    let table = Table::new();
+    let role = format!("it_role_{}", uuid::Uuid::new_v4().simple());
+    table.execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'few' CONNECTION LIMIT 1"));
+    table.storage();
+    table.execute(&format!("GRANT SELECT, INSERT, UPDATE ON $T TO {role}"));
+    let config: postgres::Config = dsn().parse().unwrap();
+    let password = String::from_utf8(config.get_password().unwrap().to_vec()).unwrap();
+    let few = dsn().replace(config.get_user().unwrap(), &role).replace(&password, "few");
+    let occupier = postgres::Client::connect(&few, postgres::NoTls).unwrap();
+    let error = StorageLock::connect("l", &few).unwrap_err();
+    assert!(chain(&error).contains("too many connections"), "{}", chain(&error));
+    drop(occupier);
+    let lock = crate::support::within(Duration::from_secs(10), "a place", || {
+        Some(StorageLock::new(&PostgresStorage::new(Table::of(&few, &table.name).options()).ok()?, "l").unwrap())
+    });
+    drop(lock.lock("worker").unwrap());
+    drop(lock);
+    eventually("the role is free", || {
+        table.client().batch_execute(&format!("REVOKE ALL ON {} FROM {role}; DROP ROLE {role}", table.name)).is_ok()
+    });
+}

@@ -1,0 +1,24 @@
+//! The library against a real PostgreSQL server, real processes, real signals and real sockets.
+//!
+//! `scripts/with-postgres.sh cargo test` runs them. A test that hurts a server starts one of its own. Each has its own
+//! table, and a name that is a claim.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+// One binary: `pub` is what the modules share.
+#![allow(unreachable_pub)]
+
+mod support;
+
+mod connections;
+mod holds;
+mod input;
+mod loss;
+mod many;
+mod pooler;
+mod processes;
+mod roles;
+mod servers;
+mod settings;
+mod table;
+mod tidy;
+mod waiting;

@@ -1,0 +1,57 @@
+//! Many locks at once.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use storage_lock::LockGuard;
+
+use crate::support::{Table, ms, short_lock};
+
+#[test]
+fn five_hundred_locks_are_held_for_three_leases_with_four_connections() {
+    let table = Table::new();
+    let dsn = format!("{} application_name={}", table.dsn, table.name);
+    let storage =
+        storage_lock::PostgresStorage::new(Table::of(&dsn, &table.name).options().max_connections(4)).unwrap();
+    let lease = ms(4_000);
+    let guards: Vec<LockGuard> =
+        (0..500).map(|n| short_lock(&storage, &format!("l{n}"), lease, ms(1_000)).lock("worker").unwrap()).collect();
+    let mut client = table.client();
+    let end = Instant::now() + 3 * lease;
+    while Instant::now() < end {
+        let lost: Vec<&str> = guards.iter().filter(|guard| !guard.is_held()).map(|guard| guard.lock_id()).collect();
+        assert!(lost.is_empty(), "lost {lost:?}");
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
+        let connections: i64 = client.query_one(sql, &[&table.name]).unwrap().get(0);
+        assert!(connections <= 4, "{connections} connections");
+        thread::sleep(ms(50));
+    }
+    assert_eq!(storage.list().unwrap().len(), 500);
+    for guard in guards {
+        guard.unlock().unwrap();
+    }
+    assert_eq!(storage.list().unwrap().len(), 0);
+}
+
+#[test]
+fn refreshes_are_not_starved_by_acquires() {
+    let table = Table::new();
+    for max_connections in [1, 2] {
+        let storage = storage_lock::PostgresStorage::new(table.options().max_connections(max_connections)).unwrap();
+        let guard = short_lock(&storage, "held", ms(2_000), ms(200)).lock("worker").unwrap();
+        let end = Instant::now() + Duration::from_secs(5);
+        thread::scope(|scope| {
+            for _ in 0..40 {
+                let (storage, guard) = (&storage, &guard);
+                scope.spawn(move || {
+                    let lock = short_lock(storage, "held", ms(2_000), ms(200));
+                    while Instant::now() < end {
+                        assert!(lock.try_lock("busy").unwrap().is_none());
+                        assert!(guard.remaining() > ms(500), "{:?} left", guard.remaining());
+                    }
+                });
+            }
+        });
+        guard.unlock().unwrap();
+    }
+}

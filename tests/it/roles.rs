@@ -1,0 +1,158 @@
+//! What child processes do.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use storage_lock::{LockGuard, Result};
+
+use crate::support::child::{role, say, wait_for_parent};
+use crate::support::{Table, chain, eventually, ms, short_lock};
+
+/// Not a test of its own: the body of every child process.
+#[test]
+fn child_process() {
+    let Some((role, table, arguments)) = role() else { return };
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match (role.as_str(), arguments.as_slice()) {
+        ("hold", [lock_id, owner_id, lease, refresh]) => hold(&table, lock_id, owner_id, lease, refresh),
+        ("count", [target, seed]) => count(&table, target.parse().unwrap(), seed.parse().unwrap()),
+        ("open", []) => open(&table),
+        ("healthy run", []) => healthy_run(&table),
+        ("threads", []) => threads(&table),
+        other => panic!("no such role: {other:?}"),
+    }
+    std::process::exit(0);
+}
+
+/// Holds a lock until it may go on; then says whether it is still held, at once, and what unlock says.
+fn hold(table: &Table, lock_id: &str, owner_id: &str, lease: &str, refresh: &str) {
+    let lock = table.short_lock(lock_id, ms(lease.parse().unwrap()), ms(refresh.parse().unwrap()));
+    let guard = lock.lock(owner_id).expect("lock");
+    say(guard.version());
+    // Watches the hold all the time: stopped and woken, the first thing that it does is to look again.
+    let has_to_go_on = AtomicBool::new(false);
+    let held = thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_for_parent();
+            has_to_go_on.store(true, Ordering::SeqCst);
+        });
+        let mut before = Instant::now();
+        while !has_to_go_on.load(Ordering::SeqCst) {
+            let now = Instant::now();
+            let is_held = guard.is_held();
+            if now - before > ms(500) {
+                say(format!("woken, is_held {is_held}"));
+            }
+            before = now;
+            thread::sleep(ms(5));
+        }
+        guard.is_held()
+    });
+    say(format!("is_held {held}"));
+    say(describe(guard.unlock()));
+}
+
+fn describe(result: Result<()>) -> String {
+    match result {
+        Ok(()) => "unlocked".to_owned(),
+        Err(error) if error.is_lease_lost() => "lost".to_owned(),
+        Err(error) => chain(&error),
+    }
+}
+
+/// Eight threads add to a counter under the lock until it has reached `target`: read, then write.
+fn count(table: &Table, target: i64, seed: i64) {
+    let lock = table.short_lock("counter", ms(1_000), ms(300));
+    let add = |thread: i64| {
+        let mut client = table.client();
+        let (counter, log) = (format!("{}_counter", table.name), format!("{}_log", table.name));
+        loop {
+            let guard: LockGuard = lock.lock(&format!("adder-{thread}")).expect("lock");
+            let n: i64 = client.query_one(&format!("SELECT n FROM {counter}"), &[]).unwrap().get(0);
+            if n >= target {
+                return;
+            }
+            if (n + seed) % 400 == 399 {
+                // Gone without a word: the lease has to run out.
+                std::process::exit(0);
+            }
+            let mut transaction = client.transaction().unwrap();
+            transaction.execute(&format!("UPDATE {counter} SET n = $1"), &[&(n + 1)]).unwrap();
+            transaction.execute(&format!("INSERT INTO {log} VALUES ($1, $2)"), &[&guard.version(), &(n + 1)]).unwrap();
+            transaction.commit().unwrap();
+        }
+    };
+    thread::scope(|scope| {
+        for thread in 0..8 {
+            scope.spawn(move || add(thread));
+        }
+    });
+    say("done");
+}
+
+fn open(table: &Table) {
+    say("ready");
+    wait_for_parent();
+    match storage_lock::PostgresStorage::new(table.options()) {
+        Ok(_) => say("opened"),
+        Err(error) => say(chain(&error)),
+    }
+}
+
+/// Everything that goes well, with all logs on standard error.
+fn healthy_run(table: &Table) {
+    env_logger::Builder::new().filter_module("storage_lock", log::LevelFilter::Trace).init();
+    let storage = table.storage();
+    let lock = short_lock(&storage, "healthy", ms(1_000), ms(100));
+    let guard = lock.lock("worker-1").expect("lock");
+    let version = guard.version();
+    assert!(thread::scope(|scope| scope.spawn(|| lock.try_lock("worker-2").unwrap().is_none()).join().unwrap()));
+    let inner = lock.lock("worker-1").expect("again");
+    let lease = storage.get("healthy").unwrap().unwrap().lease_expire_time;
+    eventually("two refreshes", || {
+        storage.get("healthy").unwrap().unwrap().lease_expire_time > lease + Duration::from_millis(150)
+    });
+    drop(inner);
+    assert_eq!(guard.version(), version);
+    guard.unlock().expect("unlock");
+    drop(lock.lock("worker-2").expect("lock"));
+    // A holder of the past that left its row behind.
+    let forgotten = table.lock("healthy").lock("worker-3").expect("lock");
+    table.expire("healthy");
+    drop(lock.lock("worker-4").expect("takeover"));
+    std::mem::forget(forgotten);
+}
+
+/// Names and counts the library's threads over the life of holds and storages.
+fn threads(table: &Table) {
+    let count = |name: &str| {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("threads").flatten();
+        tasks
+            .filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name))
+            .count()
+    };
+    let storage = table.storage();
+    let lock = |name: &str| short_lock(&storage, name, ms(1_000), ms(100));
+    assert_eq!(count("lock-refresh"), 0);
+    let first = lock("first").lock("worker").expect("lock");
+    let again = lock("first").lock("worker").expect("again");
+    let second = lock("second").lock("worker").expect("lock");
+    eventually("one refresh thread a hold", || count("lock-refresh") == 2);
+    drop(again);
+    drop(second);
+    eventually("the second hold's thread has ended", || count("lock-refresh") == 1);
+    // The lease was taken over: its refresh thread ends, and the new hold has one.
+    table.expire("first");
+    let taken = table.lock("first").lock("other").expect("takeover");
+    eventually("the lost hold's thread has ended", || !first.is_held() && count("lock-refresh") == 1);
+    drop((first, taken));
+    eventually("no hold, no refresh thread", || count("lock-refresh") == 0);
+    drop(storage);
+    eventually("no storage, no threads", || {
+        ["lock-worker", "lock-refresh", "lock-connect", "lock-close", "lock-open", "lock-follow-up", "r2d2-worker-0"]
+            .iter()
+            .all(|name| count(name) == 0)
+    });
+    say("as expected");
+}

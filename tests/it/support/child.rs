@@ -1,0 +1,99 @@
+//! Other processes: this test binary runs itself again, as one of the roles in [`crate::roles`].
+
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::Table;
+
+const ROLE: &str = "STORAGE_LOCK_TEST_ROLE";
+const PREFIX: &str = "child: ";
+
+/// A process in a role. Killed when dropped.
+pub struct Process {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+    stdin: Option<ChildStdin>,
+}
+
+impl Process {
+    pub fn start(role: &str, table: &Table, arguments: &[&str]) -> Process {
+        Process::start_with_stderr(role, table, arguments, Stdio::inherit())
+    }
+
+    pub fn start_with_stderr(role: &str, table: &Table, arguments: &[&str], stderr: Stdio) -> Process {
+        let mut child = Command::new(std::env::current_exe().expect("this binary"))
+            .args(["--exact", "roles::child_process", "--nocapture", "--test-threads=1"])
+            .env(
+                ROLE,
+                [role, &table.dsn, &table.name]
+                    .into_iter()
+                    .chain(arguments.iter().copied())
+                    .collect::<Vec<_>>()
+                    .join("\n"),
+            )
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .spawn()
+            .expect("start a process");
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let stdin = child.stdin.take();
+        Process { child, lines, stdin }
+    }
+
+    /// The next line that the child said; none if it has ended.
+    pub fn next_line(&mut self) -> Option<String> {
+        self.lines.by_ref().map_while(Result::ok).find_map(|line| Some(line.split_once(PREFIX)?.1.to_owned()))
+    }
+
+    #[track_caller]
+    pub fn expect_line(&mut self) -> String {
+        self.next_line().expect("the child said nothing more")
+    }
+
+    /// Lets the child go on after `wait_for_parent`.
+    pub fn go_on(&mut self) {
+        self.stdin.as_mut().unwrap().write_all(b"go on\n").expect("talk to the child");
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).expect("signal the child");
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        self.stdin = None;
+        self.child.wait().expect("wait for the child")
+    }
+
+    pub fn stderr(&mut self) -> String {
+        std::io::read_to_string(self.child.stderr.take().expect("piped")).expect("stderr")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// In a child: its role, its table, and its arguments.
+pub fn role() -> Option<(String, Table, Vec<String>)> {
+    let value = std::env::var(ROLE).ok()?;
+    let mut lines = value.split('\n').map(str::to_owned);
+    let (role, dsn, name) = (lines.next()?, lines.next()?, lines.next()?);
+    Some((role, Table::of(&dsn, &name), lines.collect()))
+}
+
+/// In a child: tells the parent something.
+pub fn say(line: impl std::fmt::Display) {
+    println!("{PREFIX}{line}");
+}
+
+/// In a child: waits for `go_on`; false if the parent has gone.
+pub fn wait_for_parent() -> bool {
+    std::io::stdin().lock().lines().next().is_some_and(|line| line.is_ok())
+}

@@ -1,0 +1,63 @@
+//! The repository itself.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap().flatten() {
+            if entry.path().is_dir() {
+                folders.push(entry.path());
+            } else if entry.file_name().to_string_lossy().ends_with(ending) {
+                found.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+#[test]
+fn a_test_that_the_docs_name_exists() {
+    let tests: String = [files("tests", ".rs"), files("src", ".rs")].concat().iter().map(read).collect();
+    let mut named = 0;
+    for document in ["README.md", "src/lib.rs"] {
+        for name in read(document).split("test `").skip(1).filter_map(|rest| rest.split('`').next()) {
+            assert!(tests.contains(&format!("fn {name}()")), "{document} names a test that isn't there: {name}");
+            named += 1;
+        }
+    }
+    assert!(named > 10, "only {named} tests are named");
+}
+
+#[test]
+fn the_readme_shows_the_table_that_is_created() {
+    let table = crate::support::Table::new();
+    let ddl = table.storage().table_ddl().replace(&table.name, "storage_lock");
+    assert!(read("README.md").contains(&ddl), "the README should show:\n{ddl}");
+}
+
+#[test]
+fn nothing_is_left_unfinished() {
+    for file in [files("src", ".rs"), files("examples", ".rs"), files("scripts", "")].concat() {
+        let text = read(&file);
+        for word in ["todo!(", "unimplemented!(", "FIXME", "XXX", "dbg!(", "#[ignore"] {
+            assert!(!text.contains(word), "{word} in {}", file.display());
+        }
+    }
+}
+
+#[test]
+fn the_library_depends_on_what_it_says_and_nothing_more() {
+    let manifest = read("Cargo.toml");
+    let dependencies = manifest.split("[dependencies]").nth(1).unwrap().split("\n[").next().unwrap();
+    let mut names: Vec<&str> =
+        dependencies.lines().filter_map(|line| line.split(" =").next()).filter(|name| !name.is_empty()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["log", "postgres", "r2d2", "r2d2_postgres", "thiserror", "uuid"]);
+}
