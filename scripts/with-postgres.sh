@@ -109,6 +109,7 @@ mkfifo "$folder/alive"
 ) >/dev/null 2>&1 </dev/null &
 readonly watcher=$!
 exec 9>"$folder/alive"
+# shellcheck disable=SC2317 # called by the trap
 clean_up() {
   exec 9>&-
   wait "$watcher" || true

@@ -1,4 +1,84 @@
 //! A blocking, thread-based distributed lock, kept in a PostgreSQL table.
+//!
+//! It is *not* a mutex that makes late writes impossible: no lock with a lease is. A holder that is paused for longer than its
+//! lease may go on in the belief that it still holds. Where that matters, let what is written carry
+//! [`LockGuard::version`], and refuse an older one.
+//!
+//! # Quick start
+//!
+//! ```no_run
+//! # fn main() -> storage_lock::Result<()> {
+//! use storage_lock::StorageLock;
+//!
+//! let lock = StorageLock::connect("nightly-report", "host=db user=app password=secret dbname=app")?;
+//! if let Some(guard) = lock.try_lock("host-7")? {
+//!     // Only one is here.
+//!     guard.unlock()?;
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The types, in reading order
+//!
+//! - [`StorageLock`]: one lock, by its name. [`lock`](StorageLock::lock) waits, [`try_lock`](StorageLock::try_lock) doesn't,
+//!   [`try_lock_for`](StorageLock::try_lock_for) and [`try_lock_until`](StorageLock::try_lock_until) wait for a while. A busy
+//!   lock is `Ok(None)`, never an error.
+//! - [`LockGuard`]: the hold. Releases on drop, or by [`unlock`](LockGuard::unlock), which says what came of it.
+//! - [`PostgresStorage`]: the table on its server, shared by any number of locks, with [`PostgresStorageOptions`];
+//!   [`LockOptions`] for a lock of its own settings; [`LockInformation`] to look at locks without taking them.
+//! - [`Error`]: everything that can go wrong.
+//!
+//! # How the lease works
+//!
+//! A hold lasts for a lease, 30 s by default, from the moment at which the database granted it, by the database's clock alone. A
+//! thread of the hold renews it, every 5 s by default. When its holder dies, the lease runs out, and whoever asks next takes the
+//! lock over. A hold is identified by lock, version and a random lease id, never by an owner's name.
+//!
+//! This process trusts a hold until its *deadline*, on its own monotonic clock:
+//!
+//! ```text
+//! deadline = instant before the request was sent + time left on the lease in the answer - safety margin
+//! safety margin = a tenth of the lease, at most 1 s
+//! ```
+//!
+//! The lease began after the request was sent, so the deadline comes first, however slow the answer was, and nobody else can have
+//! the lock before it. [`LockGuard::is_held`] compares it with the clock and does nothing else. A hold whose deadline has
+//! passed is lost for good. Refreshes that fail are repeated until then, each on another connection if one is stuck.
+//!
+//! # Guarantees and limits
+//!
+//! The README lists them, each with its test. In short: while the database keeps its committed data and its clock doesn't jump,
+//! no two holds of a lock are trusted at once; versions only grow; every call comes back in time, also when
+//! the server is frozen; nothing panics in the caller's thread. Database calls run on threads of the library's own, so they may be
+//! made from a thread of an async runtime, which they block.
+//!
+//! The same owner id on the same thread gets a lock that it holds again, at once, and the last guard releases it. The
+//! thread counts that took the lock: **if you send a guard to another thread, the first one can still enter again**, and both
+//! are inside under one hold and one version. Use an owner id for each piece of work where that would be wrong.
+//!
+//! # When drop doesn't run
+//!
+//! `mem::forget` of a guard keeps the lock for as long as the process lives. After `process::exit`, an abort or SIGKILL the lock is
+//! free when its lease has run out. `let _ = lock.lock("worker-1")?;` drops the guard, and releases the lock, at once.
+//!
+//! # What is logged
+//!
+//! Through `log`, with the target `storage_lock`. These levels are a promise (test
+//! `what_is_logged_at_which_level_is_a_promise`):
+//!
+//! | level | what |
+//! | --- | --- |
+//! | `error` | nothing |
+//! | `warn` | a hold was lost; a refresh failed and is repeated; a dropped guard could not release its lock. Never in a healthy run |
+//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised |
+//! | `debug` | a lock was acquired, busy or released; a connection was opened; a wait goes on although the database is out of reach |
+//! | `trace` | a lease was refreshed |
+//!
+//! # Versions
+//!
+//! Semantic versioning; the minimum supported Rust version is 1.89, and raising it is a minor release. The public API
+//! names types of `postgres` 0.19 in [`Error`]. PostgreSQL 12 or later by its SQL; tested with 15.
 
 mod connections;
 mod error;
@@ -22,3 +102,8 @@ pub use lock::StorageLock;
 pub use options::{LockOptions, PostgresStorageOptions};
 pub use session::LockInformation;
 pub use storage::PostgresStorage;
+
+/// The README's code is compiled with the doctests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

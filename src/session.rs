@@ -365,3 +365,6 @@ fn information(row: &Row) -> Result<LockInformation, postgres::Error> {
 fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod races;

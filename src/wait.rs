@@ -80,6 +80,13 @@ mod tests {
         assert_eq!(Patience::Until(now - MS).attempt_deadline(now, long), now + 500 * MS);
         assert_eq!(Patience::Until(now + 99 * long).attempt_deadline(now, long), now + long);
         assert_eq!(Patience::Forever.attempt_deadline(now, long), now + long);
+        // The last instant that the clock can show.
+        let mut last = now;
+        for bit in (0..64).rev() {
+            last = last.checked_add(Duration::from_nanos(1 << bit)).unwrap_or(last);
+            last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        }
+        assert_eq!(Patience::Until(last).attempt_deadline(now, long), now + long);
     }
 
     #[test]

@@ -130,6 +130,63 @@ fn a_waiter_that_gave_up_leaves_no_lock_behind() {
     assert!(lock.try_lock("worker").unwrap().is_some());
 }
 
+/// The connection breaks while the server works on the acquire. The repetition finds the row locked, and so busy; then the
+/// first one commits.
+#[test]
+fn an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind() {
+    let (table, proxy, storage) = proxied();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    drop(lock.lock("warm-up").unwrap());
+    table
+        .client()
+        .batch_execute(
+            &"CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(1); END IF; RETURN new; END $$;
+              CREATE TRIGGER slow BEFORE UPDATE ON $T FOR EACH ROW EXECUTE FUNCTION $T_slow()"
+                .replace("$T", &table.name),
+        )
+        .unwrap();
+    for version in [2, 3] {
+        thread::scope(|scope| {
+            let before = proxy.requests();
+            let attempt = scope.spawn(|| lock.try_lock_for("slow", ms(200)));
+            eventually("the request is on its way", || proxy.requests() > before);
+            proxy.cut();
+            let result = attempt.join().unwrap();
+            assert!(matches!(result, Ok(None) | Err(Error::Timeout { .. })), "{result:?}");
+        });
+        eventually("the stray acquire comes through", || table.lock("l").info().unwrap().unwrap().version == version);
+        eventually("and is released", || !storage.get("l").unwrap().unwrap().is_held);
+    }
+    drop((lock, storage));
+    table.client().batch_execute(&"DROP FUNCTION $T_slow CASCADE".replace("$T", &table.name)).unwrap();
+}
+
+#[test]
+fn a_release_whose_answer_was_lost_is_a_release_even_if_another_has_the_lock_by_then() {
+    let (table, proxy, storage) = proxied();
+    let lock = StorageLock::new(&storage, "some-lock").unwrap();
+    let theirs = table.lock("some-lock");
+    for _ in 0..10 {
+        let guard = lock.lock("worker").unwrap();
+        let lost = proxy.lost_answers();
+        proxy.lose_answer_to(b"some-lock");
+        thread::scope(|scope| {
+            // Takes the lock as soon as it is released, which is before the release is repeated on a new connection.
+            let other = scope.spawn(|| {
+                loop {
+                    if let Some(guard) = theirs.try_lock("other").unwrap() {
+                        break guard;
+                    }
+                }
+            });
+            guard.unlock().unwrap();
+            assert_eq!(proxy.lost_answers(), lost + 1);
+            other.join().unwrap().unlock().unwrap();
+        });
+    }
+}
+
 #[test]
 fn a_dsn_to_an_address_that_answers_nothing_fails_within_the_connect_timeout() {
     // Accepts, by its kernel, and says nothing.

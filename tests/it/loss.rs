@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use storage_lock::StorageLock;
 
+use crate::support::child::Process;
 use crate::support::proxy::Proxy;
 use crate::support::{Table, dsn, eventually, ms, takes_at_most};
 
@@ -153,4 +154,12 @@ fn a_wait_behind_a_row_lock_ends_in_time_and_the_refresh_comes_through_afterward
     transaction.rollback().unwrap();
     eventually("the lease is refreshed again", || guard.remaining() > before.saturating_sub(ms(300)));
     guard.unlock().unwrap();
+}
+
+#[test]
+fn a_slow_logger_slows_nobody_else() {
+    let table = Table::new();
+    let mut child = Process::start("slow logger", &table, &[]);
+    assert_eq!(child.expect_line(), "logging");
+    assert_eq!(child.expect_line(), "done");
 }

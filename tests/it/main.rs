@@ -10,6 +10,7 @@
 mod support;
 
 mod connections;
+mod examples;
 mod holds;
 mod input;
 mod loss;
@@ -17,6 +18,7 @@ mod many;
 mod pooler;
 mod processes;
 mod roles;
+mod script;
 mod servers;
 mod settings;
 mod table;

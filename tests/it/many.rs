@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use storage_lock::LockGuard;
 
-use crate::support::{Table, ms, short_lock};
+use crate::support::{Table, ms, short_lock, takes_at_most};
 
 #[test]
 fn five_hundred_locks_are_held_for_three_leases_with_four_connections() {
@@ -37,7 +37,9 @@ fn five_hundred_locks_are_held_for_three_leases_with_four_connections() {
 fn refreshes_are_not_starved_by_acquires() {
     let table = Table::new();
     for max_connections in [1, 2] {
-        let storage = storage_lock::PostgresStorage::new(table.options().max_connections(max_connections)).unwrap();
+        let dsn = format!("{} application_name={}_{max_connections}", table.dsn, table.name);
+        let options = Table::of(&dsn, &table.name).options().max_connections(max_connections);
+        let storage = storage_lock::PostgresStorage::new(options).unwrap();
         let guard = short_lock(&storage, "held", ms(2_000), ms(200)).lock("worker").unwrap();
         let end = Instant::now() + Duration::from_secs(5);
         thread::scope(|scope| {
@@ -53,5 +55,36 @@ fn refreshes_are_not_starved_by_acquires() {
             }
         });
         guard.unlock().unwrap();
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
+        let name = format!("{}_{max_connections}", table.name);
+        let connections: i64 = table.client().query_one(sql, &[&name]).unwrap().get(0);
+        assert!(connections <= i64::from(max_connections), "{connections} connections, not {max_connections}");
     }
+}
+
+/// Somebody locks rows by hand, and the releases of these locks get stuck in the server.
+#[test]
+fn releases_that_are_stuck_do_not_starve_the_refreshes_of_other_locks() {
+    let table = Table::new();
+    let storage = table.storage();
+    let keep = short_lock(&storage, "keep", ms(4_000), ms(500)).lock("worker").unwrap();
+    let stuck: Vec<LockGuard> =
+        (0..8).map(|n| short_lock(&storage, &format!("r{n}"), ms(30_000), ms(5_000)).lock("worker").unwrap()).collect();
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.execute(&format!("SELECT FROM {} WHERE lock_id LIKE 'r%' FOR UPDATE", table.name), &[]).unwrap();
+    let end = Instant::now() + Duration::from_secs(9);
+    thread::scope(|scope| {
+        for guard in stuck {
+            scope.spawn(|| takes_at_most(ms(2_500), "drop", || drop(guard)));
+        }
+        while Instant::now() < end {
+            assert!(keep.is_held(), "an unrelated lock was lost");
+            thread::sleep(ms(20));
+        }
+    });
+    transaction.rollback().unwrap();
+    // The stuck releases come through, or are repeated.
+    crate::support::eventually("all but one are free", || storage.list().unwrap().len() == 1);
+    keep.unlock().unwrap();
 }

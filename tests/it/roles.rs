@@ -1,5 +1,6 @@
 //! What child processes do.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use storage_lock::{LockGuard, Result};
 
 use crate::support::child::{role, say, wait_for_parent};
-use crate::support::{Table, chain, eventually, ms, short_lock};
+use crate::support::{Table, chain, eventually, ms, short_lock, takes_at_most};
 
 /// Not a test of its own: the body of every child process.
 #[test]
@@ -20,6 +21,7 @@ fn child_process() {
         ("open", []) => open(&table),
         ("healthy run", []) => healthy_run(&table),
         ("threads", []) => threads(&table),
+        ("slow logger", []) => slow_logger(&table),
         other => panic!("no such role: {other:?}"),
     }
     std::process::exit(0);
@@ -29,6 +31,8 @@ fn child_process() {
 fn hold(table: &Table, lock_id: &str, owner_id: &str, lease: &str, refresh: &str) {
     let lock = table.short_lock(lock_id, ms(lease.parse().unwrap()), ms(refresh.parse().unwrap()));
     let guard = lock.lock(owner_id).expect("lock");
+    // From before the parent hears of the hold, and may stop us.
+    let mut before = Instant::now();
     say(guard.version());
     // Watches the hold all the time: stopped and woken, the first thing that it does is to look again.
     let has_to_go_on = AtomicBool::new(false);
@@ -37,7 +41,6 @@ fn hold(table: &Table, lock_id: &str, owner_id: &str, lease: &str, refresh: &str
             wait_for_parent();
             has_to_go_on.store(true, Ordering::SeqCst);
         });
-        let mut before = Instant::now();
         while !has_to_go_on.load(Ordering::SeqCst) {
             let now = Instant::now();
             let is_held = guard.is_held();
@@ -148,6 +151,11 @@ fn threads(table: &Table) {
     eventually("the lost hold's thread has ended", || !first.is_held() && count("lock-refresh") == 1);
     drop((first, taken));
     eventually("no hold, no refresh thread", || count("lock-refresh") == 0);
+    // What the server refused hasn't happened: nothing to follow up.
+    table.execute("ALTER TABLE $T RENAME TO $T_away");
+    assert!(lock("third").try_lock("worker").is_err());
+    table.execute("ALTER TABLE $T_away RENAME TO $T");
+    assert_eq!(count("lock-follow-up"), 0);
     drop(storage);
     eventually("no storage, no threads", || {
         ["lock-worker", "lock-refresh", "lock-connect", "lock-close", "lock-open", "lock-follow-up", "r2d2-worker-0"]
@@ -155,4 +163,34 @@ fn threads(table: &Table) {
             .all(|name| count(name) == 0)
     });
     say("as expected");
+}
+
+/// A logger that takes its time, and asks the guard.
+fn slow_logger(table: &Table) {
+    static GUARD: OnceLock<LockGuard> = OnceLock::new();
+    struct Slow;
+    impl log::Log for Slow {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            if record.level() == log::Level::Warn {
+                assert!(!GUARD.get().unwrap().is_held());
+                say("logging");
+                thread::sleep(Duration::from_secs(5));
+            }
+        }
+        fn flush(&self) {}
+    }
+    log::set_logger(&Slow).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    let guard = GUARD.get_or_init(|| table.short_lock("l", ms(1_000), ms(20)).lock("worker").expect("lock"));
+    table.expire("l");
+    let start = Instant::now();
+    while start.elapsed() < ms(2_000) {
+        takes_at_most(ms(500), "is_held", || guard.is_held());
+        thread::sleep(ms(1));
+    }
+    assert!(!guard.is_held());
+    say("done");
 }

@@ -118,3 +118,26 @@ fn a_wait_without_end_gives_up_when_the_server_is_away_for_a_lease() {
     server.ctl(&["start"]);
     drop(holder);
 }
+
+/// A refresh that waits for a synchronous standby when the hold is lost and dropped: it must not keep the lock when it
+/// commits in the end.
+#[test]
+fn a_refresh_that_commits_after_the_hold_was_lost_keeps_nothing() {
+    let server = Server::start();
+    let table = Table::on(&server.dsn);
+    let storage = table.storage();
+    let guard = short_lock(&storage, "l", ms(10_000), ms(3_000)).lock("worker").unwrap();
+    let mut client = server.client();
+    let mut standby = |name: &str| {
+        client.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).unwrap();
+        client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    };
+    standby("nobody");
+    eventually("the hold is lost", || !guard.is_held());
+    assert!(guard.unlock().unwrap_err().is_lease_lost());
+    standby("");
+    // The last refresh was sent shortly before the end, and would have kept the lock for up to 10 s.
+    let start = Instant::now();
+    eventually("the lock is free", || !storage.get("l").unwrap().unwrap().is_held);
+    assert!(start.elapsed() < ms(5_000), "{:?}", start.elapsed());
+}

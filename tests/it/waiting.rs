@@ -3,6 +3,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use storage_lock::{LockOptions, StorageLock};
+
+use crate::support::proxy::Proxy;
 use crate::support::{Table, eventually, ms, takes_at_most};
 
 #[test]
@@ -66,6 +69,26 @@ fn a_locked_row_is_busy_and_not_waited_for() {
     takes_at_most(ms(1_700), "the wait", || assert!(lock.try_lock_for("worker-2", ms(700)).unwrap().is_none()));
     transaction.commit().unwrap();
     assert!(lock.try_lock("worker-2").unwrap().is_some());
+}
+
+#[test]
+fn misses_without_end_end_with_the_callers_time() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let options = LockOptions::new("l").version_miss_retry_times(u32::MAX);
+    let lock = StorageLock::with_options(&storage, options).unwrap();
+    drop(lock.lock("worker-1").unwrap());
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.execute(&format!("SELECT FROM {} FOR KEY SHARE", table.name), &[]).unwrap();
+    let result = takes_at_most(ms(1_500), "the wait", || lock.try_lock_for("worker-2", ms(300)));
+    assert!(!matches!(result, Ok(Some(_))), "{result:?}");
+    let mut requests = 0;
+    eventually("the statements end", || {
+        thread::sleep(ms(50));
+        std::mem::replace(&mut requests, proxy.requests()) == requests
+    });
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! Other processes: this test binary runs itself again, as one of the roles in [`crate::roles`].
 
-use std::io::{BufRead, BufReader, Lines, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,7 +17,7 @@ const PREFIX: &str = "child: ";
 /// A process in a role. Killed when dropped.
 pub struct Process {
     child: Child,
-    lines: Lines<BufReader<ChildStdout>>,
+    lines: Receiver<String>,
     stdin: Option<ChildStdin>,
 }
 
@@ -39,14 +42,24 @@ impl Process {
             .stderr(stderr)
             .spawn()
             .expect("start a process");
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            let said = stdout.lines().map_while(Result::ok);
+            said.filter_map(|line| Some(line.split_once(PREFIX)?.1.to_owned())).try_for_each(|line| sender.send(line))
+        });
         let stdin = child.stdin.take();
         Process { child, lines, stdin }
     }
 
     /// The next line that the child said; none if it has ended.
+    #[track_caller]
     pub fn next_line(&mut self) -> Option<String> {
-        self.lines.by_ref().map_while(Result::ok).find_map(|line| Some(line.split_once(PREFIX)?.1.to_owned()))
+        match self.lines.recv_timeout(Duration::from_secs(60)) {
+            Ok(line) => Some(line),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("the child said nothing for a minute"),
+        }
     }
 
     #[track_caller]

@@ -21,6 +21,7 @@ struct Control {
     cuts: AtomicUsize,
     requests: AtomicUsize,
     connections: AtomicUsize,
+    open: Mutex<Vec<TcpStream>>,
 }
 
 pub struct Proxy {
@@ -50,6 +51,7 @@ impl Proxy {
             for client in listener.incoming().flatten() {
                 let Ok(server) = TcpStream::connect((host.as_str(), port)) else { continue };
                 shared.connections.fetch_add(1, Ordering::SeqCst);
+                shared.open.lock().unwrap().extend([client.try_clone().unwrap(), server.try_clone().unwrap()]);
                 serve(client, server, &shared);
             }
         });
@@ -64,6 +66,13 @@ impl Proxy {
     /// Lets the next request with these bytes reach the server, and loses the answer.
     pub fn lose_answer_to(&self, bytes: &[u8]) {
         *self.control.cut.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// Cuts every connection, whatever the server is doing for it.
+    pub fn cut(&self) {
+        for socket in self.control.open.lock().unwrap().drain(..) {
+            socket.shutdown(Shutdown::Both).ok();
+        }
     }
 
     /// How many answers were lost.

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, and shellcheck, for these scripts.
+# Debian's packages, as root or with sudo; does nothing where they are there already.
+set -euo pipefail
+
+missing=()
+for tool in pgbouncer shellcheck; do
+  if ! command -v "$tool" >/dev/null && [ ! -x "/usr/sbin/$tool" ]; then
+    missing+=("$tool")
+  fi
+done
+if [ "${#missing[@]}" -eq 0 ]; then
+  exit 0
+fi
+if ! command -v apt-get >/dev/null; then
+  echo "${0##*/}: please install: ${missing[*]}" >&2
+  exit 1
+fi
+sudo=()
+if [ "$(id -u)" -ne 0 ]; then
+  sudo=(sudo -n)
+fi
+"${sudo[@]}" apt-get -qq update
+"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=120 install "${missing[@]}"

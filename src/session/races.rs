@@ -1,0 +1,305 @@
+//! The statements raced against each other on a real server, thousands of times: closer together than the public API can
+//! bring them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::HashSet;
+use std::sync::{Barrier, Mutex};
+use std::thread;
+
+use postgres::{Config, NoTls};
+
+use super::*;
+use crate::options::PostgresStorageOptions;
+
+fn dsn() -> String {
+    std::env::var("STORAGE_LOCK_POSTGRESQL_DSN")
+        .expect("STORAGE_LOCK_POSTGRESQL_DSN is not set: run scripts/with-postgres.sh cargo test")
+}
+
+/// A table of the test's own.
+struct Table {
+    sql: Sql,
+}
+
+impl Table {
+    fn new() -> Table {
+        let name = format!("race_{}", Uuid::new_v4().simple());
+        let sql = Sql::new(&PostgresStorageOptions::from_dsn(&dsn()).table_name(name));
+        client().batch_execute(&sql.create_table).unwrap();
+        Table { sql }
+    }
+
+    fn count(&self, condition: &str) -> i64 {
+        client().query_one(&format!("SELECT count(*) FROM {} WHERE {condition}", self.sql.table), &[]).unwrap().get(0)
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        client().batch_execute(&format!("DROP TABLE {}", self.sql.table)).ok();
+    }
+}
+
+fn client() -> Client {
+    Client::connect(&dsn(), NoTls).unwrap()
+}
+
+fn session() -> Session {
+    let mut config: Config = dsn().parse().unwrap();
+    config.options(sql::SESSION_OPTIONS);
+    Session::new(config.connect(NoTls).unwrap(), true, Arc::default(), 0).unwrap()
+}
+
+fn claim(lock_id: &str, lease: Duration) -> Claim {
+    Claim { lock_id: lock_id.to_owned(), owner_id: "owner".to_owned(), lease_id: Uuid::new_v4(), lease }
+}
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn acquire_or_create(session: &mut Session, sql: &Sql, claim: &Claim) -> Acquired {
+    match session.acquire(sql, claim).unwrap() {
+        Acquired::Absent => session.create(sql, claim).unwrap(),
+        outcome => outcome,
+    }
+}
+
+#[test]
+fn of_two_creators_of_a_lock_one_has_its_first_hold() {
+    const ROUNDS: usize = 3_000;
+    let table = Table::new();
+    let barrier = Barrier::new(2);
+    let creator = || {
+        let mut session = session();
+        (0..ROUNDS)
+            .map(|round| {
+                let claim = claim(&format!("l{round}"), LONG);
+                barrier.wait();
+                match acquire_or_create(&mut session, &table.sql, &claim) {
+                    Acquired::Taken { version, .. } => {
+                        assert_eq!(version, 1);
+                        true
+                    }
+                    _ => false,
+                }
+            })
+            .collect::<Vec<bool>>()
+    };
+    let (one, other) = thread::scope(|scope| {
+        let (one, other) = (scope.spawn(creator), scope.spawn(creator));
+        (one.join().unwrap(), other.join().unwrap())
+    });
+    assert!(one.iter().zip(&other).all(|(one, other)| one != other), "both, or none, created a lock");
+    assert_eq!(table.count("true"), ROUNDS as i64, "one row a lock");
+    println!("{} rounds: the first creator won {}", ROUNDS, one.iter().filter(|won| **won).count());
+}
+
+#[test]
+fn a_creator_that_stalled_before_it_locked_creates_nothing() {
+    let table = Table::new();
+    let (mut stalled, mut other) = (session(), session());
+    for round in 0..200 {
+        let lock_id = format!("l{round}");
+        let stale = claim(&lock_id, LONG);
+        assert!(matches!(stalled.acquire(&table.sql, &stale).unwrap(), Acquired::Absent));
+        // While it stalls, others create the lock, release it, and move on.
+        for _ in 0..3 {
+            let claim = claim(&lock_id, LONG);
+            assert!(matches!(acquire_or_create(&mut other, &table.sql, &claim), Acquired::Taken { .. }));
+            assert!(other.release(&table.sql, &claim, None).unwrap());
+        }
+        assert!(matches!(stalled.create(&table.sql, &stale).unwrap(), Acquired::Missed));
+    }
+    assert_eq!(table.count("version = 1"), 0, "the first version was made again");
+    assert_eq!(table.count("version = 3"), 200);
+}
+
+/// The insert of a first hold needs a snapshot that is younger than the advisory lock, whatever the default is.
+#[test]
+fn a_first_hold_is_created_under_read_committed_whatever_the_default_is() {
+    let table = Table::new();
+    let see = "CREATE TABLE $T_seen (level text);
+        CREATE FUNCTION $T_see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO $T_seen VALUES (current_setting('transaction_isolation')); RETURN new; END $$;
+        CREATE TRIGGER see BEFORE INSERT ON $T FOR EACH ROW EXECUTE FUNCTION $T_see()";
+    let name = table.sql.table.replace("\"public\".", "").replace('"', "");
+    client().batch_execute(&see.replace("$T", &name)).unwrap();
+    for level in ["repeatable\\ read", "serializable"] {
+        let mut config: Config = dsn().parse().unwrap();
+        config.options(&format!("-c default_transaction_isolation={level} -c default_transaction_read_only=on"));
+        let mut creator = Session::new(config.connect(NoTls).unwrap(), false, Arc::default(), 0).unwrap();
+        assert!(matches!(creator.create(&table.sql, &claim(level, LONG)).unwrap(), Acquired::Taken { version: 1, .. }));
+    }
+    let seen: Vec<String> = client()
+        .query(&format!("DELETE FROM {name}_seen RETURNING level"), &[])
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!(seen, ["read committed", "read committed"]);
+    client().batch_execute(&"DROP TABLE $T_seen; DROP FUNCTION $T_see CASCADE".replace("$T", &name)).unwrap();
+}
+
+#[test]
+fn a_creator_that_stalls_inside_its_transaction_is_ended_by_the_server() {
+    let table = Table::new();
+    let claim = claim("l", LONG);
+    let mut stalled = client();
+    let mut transaction = stalled.transaction().unwrap();
+    transaction.query_typed(&table.sql.lock_creation, &[(&claim.lock_id, Type::TEXT)]).unwrap();
+    let mut session = session();
+    let start = Instant::now();
+    assert!(matches!(session.create(&table.sql, &claim).unwrap(), Acquired::Missed));
+    assert!(start.elapsed() < Duration::from_secs(1), "it waited for the stalled one");
+    while !matches!(session.create(&table.sql, &claim).unwrap(), Acquired::Taken { .. }) {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(transaction.commit().is_err());
+}
+
+#[test]
+fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
+    const ROUNDS: u32 = 3_000;
+    let table = Table::new();
+    let barrier = Barrier::new(2);
+    let lease = Duration::from_millis(4);
+    let held = Mutex::new(None);
+    let (refreshed, taken) = thread::scope(|scope| {
+        let holder = scope.spawn(|| {
+            let mut session = session();
+            let mut refreshed = Vec::new();
+            for round in 0..ROUNDS {
+                let short = claim("l", lease);
+                let (version, sent) = match acquire_or_create(&mut session, &table.sql, &short) {
+                    Acquired::Taken { version, sent, .. } => (version, sent),
+                    other => panic!("round {round}: {other:?}"),
+                };
+                *held.lock().unwrap() = Some(sent);
+                barrier.wait();
+                // Around the end of the lease, a little earlier or later each time.
+                while sent.elapsed()
+                    < lease - Duration::from_micros(400) + Duration::from_micros(u64::from(round % 7) * 100)
+                {
+                }
+                // What is refreshed is held for long: a takeover after it can't be right.
+                let long = Claim { lease: LONG, ..short };
+                let is_refreshed = session.refresh(&table.sql, &long, version).unwrap();
+                refreshed.push(is_refreshed);
+                barrier.wait();
+                if is_refreshed {
+                    assert!(session.release(&table.sql, &long, Some(version)).unwrap());
+                }
+                barrier.wait();
+            }
+            refreshed
+        });
+        let contender = scope.spawn(|| {
+            let mut session = session();
+            let mut taken = Vec::new();
+            for round in 0..ROUNDS {
+                barrier.wait();
+                let sent = held.lock().unwrap().unwrap();
+                while sent.elapsed()
+                    < lease - Duration::from_micros(400) + Duration::from_micros(u64::from(round % 5) * 150)
+                {
+                }
+                let claim = claim("l", LONG);
+                let is_taken = matches!(session.acquire(&table.sql, &claim).unwrap(), Acquired::Taken { .. });
+                taken.push(is_taken);
+                barrier.wait();
+                if is_taken {
+                    assert!(session.release(&table.sql, &claim, None).unwrap());
+                }
+                barrier.wait();
+            }
+            taken
+        });
+        (holder.join().unwrap(), contender.join().unwrap())
+    });
+    let count = |outcomes: &[bool]| outcomes.iter().filter(|outcome| **outcome).count();
+    println!("{ROUNDS} rounds: {} refreshed, {} taken over", count(&refreshed), count(&taken));
+    assert!(refreshed.iter().zip(&taken).all(|(refreshed, taken)| !(*refreshed && *taken)), "two holds at once");
+    assert!(count(&refreshed) > 50 && count(&taken) > 50, "the race was not one");
+}
+
+/// Every committed hold has a version of its own, whatever the acquirers do to each other.
+#[test]
+fn acquirers_that_race_get_different_versions() {
+    const ROUNDS: usize = 1_500;
+    let table = Table::new();
+    let acquirer = || {
+        let mut session = session();
+        let mut versions = Vec::new();
+        for _ in 0..ROUNDS {
+            let claim = claim("l", LONG);
+            if let Acquired::Taken { version, .. } = acquire_or_create(&mut session, &table.sql, &claim) {
+                versions.push(version);
+                assert!(session.release(&table.sql, &claim, Some(version)).unwrap());
+            }
+        }
+        versions
+    };
+    let versions: Vec<Vec<i64>> = thread::scope(|scope| {
+        let acquirers: Vec<_> = (0..4).map(|_| scope.spawn(acquirer)).collect();
+        acquirers.into_iter().map(|acquirer| acquirer.join().unwrap()).collect()
+    });
+    let all: Vec<i64> = versions.concat();
+    assert!(versions.iter().all(|versions| versions.is_sorted()));
+    assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len(), "a version was given twice");
+    assert_eq!(all.iter().max().copied(), i64::try_from(all.len()).ok(), "a version was left out");
+}
+
+#[test]
+fn a_lease_id_takes_a_lock_once() {
+    let table = Table::new();
+    let mut session = session();
+    let mine = claim("l", LONG);
+    let Acquired::Taken { version: 1, .. } = acquire_or_create(&mut session, &table.sql, &mine) else { panic!() };
+    // A copy while it is held is recognised; one that comes after the release takes nothing.
+    assert!(matches!(session.acquire(&table.sql, &mine).unwrap(), Acquired::Taken { version: 1, .. }));
+    assert!(session.release(&table.sql, &mine, Some(1)).unwrap());
+    assert!(matches!(session.acquire(&table.sql, &mine).unwrap(), Acquired::Missed));
+    assert_eq!(table.count("released_at IS NOT NULL AND version = 1"), 1);
+}
+
+#[test]
+fn release_and_refresh_are_idempotent() {
+    let table = Table::new();
+    let mut session = session();
+    let mine = claim("l", LONG);
+    let Acquired::Taken { version, .. } = acquire_or_create(&mut session, &table.sql, &mine) else { panic!() };
+    assert!(session.refresh(&table.sql, &mine, version).unwrap());
+    assert!(session.refresh(&table.sql, &mine, version).unwrap());
+    assert!(session.release(&table.sql, &mine, Some(version)).unwrap());
+    let released = session.get(&table.sql, "l").unwrap().unwrap();
+    assert!(session.release(&table.sql, &mine, Some(version)).unwrap(), "a repetition is no loss");
+    assert_eq!(session.get(&table.sql, "l").unwrap().unwrap(), released, "and changes nothing");
+    assert!(!session.refresh(&table.sql, &mine, version).unwrap(), "what is released is not refreshed");
+    // Another lease, or another version, is another hold.
+    assert!(!session.release(&table.sql, &claim("l", LONG), Some(version)).unwrap());
+    assert!(!session.release(&table.sql, &mine, Some(version + 1)).unwrap());
+}
+
+/// Behind a pooler, the statement of that name may be another one, or the same one for another table.
+#[test]
+fn a_statement_in_another_place_does_nothing() {
+    let (table, other) = (Table::new(), Table::new());
+    let mut session = session();
+    let mine = claim("l", LONG);
+    let Acquired::Taken { version, .. } = acquire_or_create(&mut session, &table.sql, &mine) else { panic!() };
+    let wrong_table = Some(format!("{} {}", session.backend.unwrap(), other.sql.refresh.name));
+    let wrong_backend = Some(format!("{} {}", session.backend.unwrap() + 1, table.sql.refresh.name));
+    let before = session.get(&table.sql, "l").unwrap();
+    for place in [wrong_table, wrong_backend] {
+        let row = session.client.query_one(&table.sql.refresh.text, &[&"l", &version, &mine.lease_id, &1_i64, &place]);
+        let row = row.unwrap();
+        assert!(!row.get::<_, bool>(0) && !row.get::<_, bool>(1));
+        let row = session.client.query_one(&table.sql.release.text, &[&"l", &version, &mine.lease_id, &place]).unwrap();
+        assert!(!row.get::<_, bool>(0) && !row.get::<_, bool>(1));
+    }
+    assert_eq!(session.get(&table.sql, "l").unwrap(), before);
+    session.backend = session.backend.map(|backend| backend + 1);
+    assert!(matches!(session.release(&table.sql, &mine, None), Err(Fault::Pooled)));
+    assert!(session.route.is_pooled.load(Ordering::Relaxed) && !session.is_usable());
+}

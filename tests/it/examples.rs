@@ -1,0 +1,82 @@
+//! The examples as a user runs them.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use storage_lock::StorageLock;
+use uuid::Uuid;
+
+use crate::support::{client, dsn};
+
+/// Built by `cargo test`, beside this binary.
+fn example(name: &str, arguments: &[&str], dsn: &str) -> Output {
+    let this = std::env::current_exe().unwrap();
+    let path: PathBuf = this.parent().unwrap().parent().unwrap().join("examples").join(name);
+    Command::new(path)
+        .args(arguments)
+        .env("STORAGE_LOCK_POSTGRESQL_DSN", dsn)
+        .output()
+        .expect("run the example: `cargo test` builds it, `cargo test --test it` does not")
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// A database of its own: the examples have table names of theirs.
+fn with_database(test: impl FnOnce(&str)) {
+    let name = format!("it_{}", Uuid::new_v4().simple());
+    client().batch_execute(&format!("CREATE DATABASE {name}")).unwrap();
+    let config: postgres::Config = dsn().parse().unwrap();
+    let dsn = dsn().replace(&format!("dbname={}", config.get_dbname().unwrap()), &format!("dbname={name}"));
+    test(&dsn);
+    client().batch_execute(&format!("DROP DATABASE {name} WITH (FORCE)")).unwrap();
+}
+
+#[test]
+fn quickstart_lets_ten_workers_in_one_after_the_other() {
+    with_database(|dsn| {
+        let output = example("quickstart", &["20"], dsn);
+        let text = text(&output);
+        assert!(output.status.success(), "{text}");
+        assert!(text.contains("log and resource agree: 10 workers"), "{text}");
+        assert_eq!(text.matches("begin (version").count(), 10, "{text}");
+    });
+    let output = example("quickstart", &["soon"], &dsn());
+    assert!(!output.status.success() && text(&output).contains("not a number of ms: \"soon\""), "{}", text(&output));
+}
+
+#[test]
+fn detailed_config_holds_and_shows_its_lock() {
+    with_database(|dsn| {
+        let output = example("detailed_config", &[], dsn);
+        let text = text(&output);
+        assert!(output.status.success(), "{text}");
+        assert!(text.contains("worker-1 holds must-serial-operation-resource-foo as version 1"), "{text}");
+        assert!(text.contains("held now: must-serial-operation-resource-foo"), "{text}");
+    });
+}
+
+#[test]
+fn a_cron_job_does_its_job_or_says_who_does_and_is_content() {
+    with_database(|dsn| {
+        let done = example("cron_job", &[], dsn);
+        assert!(done.status.success() && text(&done).contains("part 3 done"), "{}", text(&done));
+        let _guard = StorageLock::connect("nightly-report", dsn).unwrap().lock("another host").unwrap();
+        let busy = example("cron_job", &[], dsn);
+        assert!(busy.status.success(), "{}", text(&busy));
+        assert!(text(&busy).contains("another host has the lock: nothing to do"), "{}", text(&busy));
+    });
+}
+
+#[test]
+fn an_error_is_told_with_its_whole_chain() {
+    let output = example("cron_job", &[], &dsn().replace("password=", "password=wrong"));
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.contains("cannot open a connection to PostgreSQL"), "{text}");
+    assert!(text.contains("because: FATAL: password authentication failed"), "{text}");
+    assert!(!text.contains("wrong"), "{text}");
+    let unset = example("cron_job", &[], "");
+    assert_eq!(unset.status.code(), Some(1));
+}

@@ -1,0 +1,88 @@
+//! `scripts/with-postgres.sh`: a server for a command, and nothing left behind.
+
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+
+use crate::support::{eventually, takes_at_most};
+
+fn script(command: &[&str]) -> Command {
+    let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/with-postgres.sh"));
+    script.args(command).env_remove("STORAGE_LOCK_POSTGRESQL_DSN").stdout(Stdio::piped()).stdin(Stdio::null());
+    script
+}
+
+fn output(script: &mut Command) -> (i32, String) {
+    let output = script.stderr(Stdio::inherit()).output().unwrap();
+    (output.status.code().unwrap_or(-1), String::from_utf8(output.stdout).unwrap().trim().to_owned())
+}
+
+/// Starts the script with a command that says where its cluster is and then does nothing, and returns the folder.
+fn start_sleeping() -> (Child, String) {
+    use std::io::BufRead;
+    let mut child = script(&["sh", "-c", "dirname \"$STORAGE_LOCK_POSTGRESQL_CTL\"; exec sleep 120"])
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut folder = String::new();
+    std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut folder).unwrap();
+    assert!(Path::new(folder.trim()).join("data/postmaster.pid").exists(), "{folder}");
+    (child, folder.trim().to_owned())
+}
+
+#[test]
+fn it_passes_the_code_on_and_leaves_nothing_behind() {
+    let say = "dirname \"$STORAGE_LOCK_POSTGRESQL_CTL\"; exit 7";
+    for arguments in [vec!["sh", "-c", say], vec!["--fast", "sh", "-c", say]] {
+        let (code, folder) =
+            takes_at_most(Duration::from_secs(20), "a short command", || output(&mut script(&arguments)));
+        assert_eq!(code, 7);
+        assert!(folder.starts_with("/tmp/storage-lock-postgres."), "{folder}");
+        assert!(!Path::new(&folder).exists(), "{folder} is left");
+    }
+}
+
+#[test]
+fn it_uses_the_server_that_is_there() {
+    let command = "echo \"$STORAGE_LOCK_POSTGRESQL_DSN|${STORAGE_LOCK_POSTGRESQL_CTL-none}\"";
+    let mut script = script(&["sh", "-c", command]);
+    script.env("STORAGE_LOCK_POSTGRESQL_DSN", "host=there").env_remove("STORAGE_LOCK_POSTGRESQL_CTL");
+    assert_eq!(output(&mut script), (0, "host=there|none".to_owned()));
+}
+
+#[test]
+fn it_takes_its_server_away_however_it_ends() {
+    // Ctrl-C goes to all processes of the terminal's group; the others to the script alone.
+    for (signal, goes_to_group) in
+        [(Signal::SIGINT, true), (Signal::SIGTERM, false), (Signal::SIGHUP, false), (Signal::SIGKILL, false)]
+    {
+        let (mut child, folder) = start_sleeping();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        if goes_to_group {
+            killpg(pid, signal).unwrap()
+        } else {
+            kill(pid, signal).unwrap()
+        }
+        let status = takes_at_most(Duration::from_secs(20), "the end", || child.wait().unwrap());
+        assert!(!status.success());
+        eventually("the cluster is gone", || !Path::new(&folder).exists());
+        // What the killed script could not end.
+        killpg(pid, Signal::SIGKILL).ok();
+    }
+}
+
+#[test]
+fn two_at_once_do_not_meet() {
+    let (mut one, one_folder) = start_sleeping();
+    let (mut other, other_folder) = start_sleeping();
+    assert_ne!(one_folder, other_folder);
+    for child in [&mut one, &mut other] {
+        kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGTERM).unwrap();
+        child.wait().unwrap();
+    }
+    assert!(!Path::new(&one_folder).exists() && !Path::new(&other_folder).exists());
+}
