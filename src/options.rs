@@ -363,7 +363,6 @@ mod tests {
             "host=h password=s3cret s3cret=1",
             "postgresql://u:s3cret@host/db?s3cret=1",
             "postgresql://u:s3cret@h:port/db",
-            "postgresql://u:s3cret%@h/db",
             "host=h port=s3cret",
             "host=h password=s3cret sslmode=require",
             "host=a,b port=1,2,3 password=s3cret",
