@@ -219,6 +219,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_the_clock_judges_leases() {
+        let sql = Sql::new(&PostgresStorageOptions::from_dsn(""));
+        for text in [&sql.acquire.text, &sql.create, &sql.refresh.text, &sql.release.text, &sql.get, &sql.list] {
+            let text = text.to_lowercase();
+            for start_of_transaction in ["now(", "current_timestamp", "transaction_timestamp", "statement_timestamp"] {
+                assert!(!text.contains(start_of_transaction), "{text}");
+            }
+        }
+    }
+
+    #[test]
     fn identifiers_are_quoted() {
         let options = PostgresStorageOptions::from_dsn("").schema("My \"Schema\"").table_name("weird; 'name\\");
         let sql = Sql::new(&options);

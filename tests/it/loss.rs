@@ -113,6 +113,32 @@ fn a_hold_is_lost_at_its_deadline_while_its_refresh_is_stuck() {
 }
 
 #[test]
+fn trust_counts_from_the_request_however_slow_the_answer() {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = crate::support::short_lock(&storage, "l", ms(4_000), ms(200));
+    drop(lock.lock("warm-up").unwrap());
+    let delay = ms(1_000);
+    proxy.delay_answers(delay);
+    let guard = lock.lock("worker").unwrap();
+    // Lease, less margin, less the time for which the answer was under way.
+    let longest = ms(4_000 - 400) - delay;
+    let mut before = guard.remaining();
+    assert!(before <= longest, "{before:?} after the acquire");
+    let mut refreshes = 0;
+    eventually("three refreshes", || {
+        let now = guard.remaining();
+        assert!(now <= longest, "{now:?} after {refreshes} refreshes");
+        refreshes += usize::from(now > before);
+        before = now;
+        refreshes == 3
+    });
+    proxy.delay_answers(Duration::ZERO);
+    guard.unlock().unwrap();
+}
+
+#[test]
 fn the_lease_in_the_table_ends_after_the_deadline_of_the_hold() {
     let table = Table::new();
     let lock = table.short_lock("l", ms(1_000), ms(50));

@@ -2,9 +2,10 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use postgres::Config;
 use postgres::config::Host;
@@ -22,6 +23,8 @@ struct Control {
     requests: AtomicUsize,
     connections: AtomicUsize,
     open: Mutex<Vec<TcpStream>>,
+    /// How long an answer is held back.
+    delay_millis: AtomicU64,
 }
 
 pub struct Proxy {
@@ -66,6 +69,11 @@ impl Proxy {
     /// Lets the next request with these bytes reach the server, and loses the answer.
     pub fn lose_answer_to(&self, bytes: &[u8]) {
         *self.control.cut.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// Holds every answer back for a while.
+    pub fn delay_answers(&self, delay: Duration) {
+        self.control.delay_millis.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
     }
 
     /// Cuts every connection, whatever the server is doing for it.
@@ -118,6 +126,7 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     thread::spawn(move || {
         let (from, to, control, is_cutting) = to_client;
         copy(from, to, &control, |_| {
+            thread::sleep(Duration::from_millis(control.delay_millis.load(Ordering::SeqCst)));
             // The server answered, so that it has committed.
             let is_cut = is_cutting.load(Ordering::SeqCst);
             control.cuts.fetch_add(usize::from(is_cut), Ordering::SeqCst);
