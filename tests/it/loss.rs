@@ -3,11 +3,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use storage_lock::StorageLock;
+use storage_lock::{PostgresStorage, StorageLock};
 
 use crate::support::child::Process;
 use crate::support::proxy::Proxy;
-use crate::support::{Table, dsn, eventually, ms, takes_at_most};
+use crate::support::{Table, dsn, eventually, is_refreshed, ms, takes_at_most};
 
 #[test]
 fn a_hold_that_was_taken_over_is_lost_and_touches_its_successor_no_more() {
@@ -116,10 +116,14 @@ fn a_hold_is_lost_at_its_deadline_while_its_refresh_is_stuck() {
 fn trust_counts_from_the_request_however_slow_the_answer() {
     let table = Table::new();
     let proxy = Proxy::to(&dsn());
-    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let options = Table::of(&proxy.dsn, &table.name).options().max_connections(1);
+    let storage = PostgresStorage::new(options).unwrap();
     let lock = crate::support::short_lock(&storage, "l", ms(4_000), ms(200));
-    drop(lock.lock("warm-up").unwrap());
-    let delay = ms(1_000);
+    // The one connection is open and has prepared everything when the delay begins.
+    let warm_up = lock.lock("warm-up").unwrap();
+    is_refreshed(&warm_up);
+    warm_up.unlock().unwrap();
+    let delay = ms(600);
     proxy.delay_answers(delay);
     let guard = lock.lock("worker").unwrap();
     // Lease, less margin, less the time for which the answer was under way.
