@@ -11,7 +11,6 @@
 //! - Urgent tasks (refresh, release) go first, and with two workers or more one is never given to another task.
 //! - No mutex is held while a task runs.
 
-use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -81,9 +80,8 @@ struct Shared {
 struct State {
     urgent: VecDeque<Task>,
     ordinary: VecDeque<Task>,
-    /// Every worker thread, with the task that it is running.
+    /// Every worker thread, with the task that it is running; none if it is idle, or about to look for a task.
     workers: HashMap<u64, Option<Running>>,
-    idle: usize,
     next_id: u64,
     stragglers: Stragglers,
     is_closed: bool,
@@ -124,8 +122,8 @@ impl State {
     /// Whether a further worker would find something to do, and may be started.
     fn may_add_worker(&mut self, now: Instant, max_live: usize) -> bool {
         let startable = self.urgent.len() + self.ordinary.len().min(self.ordinary_places(now, max_live));
-        let live = self.live(now);
-        startable > self.idle && live < max_live && self.stragglers.may_add(self.workers.len() - live, now)
+        let (idle, live) = (self.workers.values().filter(|running| running.is_none()).count(), self.live(now));
+        startable > idle && live < max_live && self.stragglers.may_add(self.workers.len() - live, now)
     }
 }
 
@@ -257,8 +255,6 @@ impl Workers {
             let id = state.next_id;
             state.next_id += 1;
             state.workers.insert(id, None);
-            // Counted as idle until it has looked for a task, so that the next call here doesn't start one more.
-            state.idle += 1;
             drop(state);
             let (shared, connections) = (Arc::clone(&self.shared), connections.clone());
             let worker = Worker { id, shared, connections, connection: None };
@@ -269,7 +265,6 @@ impl Workers {
             if let Err(source) = started {
                 // The worker was dropped with the closure, and with it its place among the workers.
                 let mut state = lock(&self.shared.state);
-                state.idle -= 1;
                 if state.workers.is_empty() {
                     let tasks: Vec<Task> = state.urgent.drain(..).collect();
                     let tasks: Vec<Task> = tasks.into_iter().chain(state.ordinary.drain(..)).collect();
@@ -301,32 +296,21 @@ impl Drop for Workers {
     }
 }
 
-/// A worker's place among the workers, as the task that it runs sees it. A worker is counted as idle just before its caller
-/// gets the answer: with the next call the caller would else find it busy still, and start another worker.
+/// A worker's place among the workers, as the task that it runs sees it. A worker becomes idle just before its caller gets
+/// the answer: with the next call the caller would else find it busy still, and start another worker.
 #[derive(Default)]
-struct Place<'a> {
-    worker: Option<(&'a Shared, u64, Running)>,
-    is_free: Cell<bool>,
-}
+struct Place<'a>(Option<(&'a Shared, u64, Running)>);
 
 impl Place<'_> {
     fn free(&self) {
-        if let Some((shared, id, _)) = self.worker
-            && !self.is_free.replace(true)
-        {
-            let mut state = lock(&shared.state);
-            state.workers.insert(id, None);
-            state.idle += 1;
+        if let Some((shared, id, _)) = self.0 {
+            lock(&shared.state).workers.insert(id, None);
         }
     }
 
     fn take_back(&self) {
-        if let Some((shared, id, running)) = self.worker
-            && self.is_free.replace(false)
-        {
-            let mut state = lock(&shared.state);
-            state.workers.insert(id, Some(running));
-            state.idle -= 1;
+        if let Some((shared, id, running)) = self.0 {
+            lock(&shared.state).workers.insert(id, Some(running));
         }
     }
 }
@@ -342,16 +326,13 @@ impl Worker {
     fn run(mut self) {
         let shared = Arc::clone(&self.shared);
         let mut state = lock(&shared.state);
-        state.idle -= 1;
         loop {
             let now = Instant::now();
             // Another worker replaced this one while it was stuck, or there is no more work.
             let is_surplus = state.live(now) > shared.max_live;
             let Some(task) = (if is_surplus { None } else { state.next_task(now, shared.max_live) }) else {
                 if !is_surplus && !state.is_closed {
-                    state.idle += 1;
                     state = wait_until(&shared.wake, state, now + IDLE_TIME);
-                    state.idle -= 1;
                     if now.elapsed() < IDLE_TIME || !state.urgent.is_empty() || !state.ordinary.is_empty() {
                         continue;
                     }
@@ -363,11 +344,9 @@ impl Worker {
             let running = Running { urgency: task.urgency, deadline: task.deadline };
             state.workers.insert(self.id, Some(running));
             drop(state);
-            let place = Place { worker: Some((&shared, self.id, running)), is_free: Cell::new(false) };
-            self.run_task(task, &place);
-            place.free();
+            self.run_task(task, &Place(Some((&shared, self.id, running))));
             state = lock(&shared.state);
-            state.idle -= 1;
+            state.workers.insert(self.id, None);
             if !state.ordinary.is_empty() {
                 // This task's end may be what an ordinary task waited for, while this worker takes an urgent one.
                 shared.wake.notify_one();

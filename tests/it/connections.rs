@@ -188,6 +188,29 @@ fn a_release_whose_answer_was_lost_is_a_release_even_if_another_has_the_lock_by_
 }
 
 #[test]
+fn when_all_connections_are_busy_the_error_names_the_option() {
+    let table = Table::new();
+    let storage = PostgresStorage::new(table.options().max_connections(1)).unwrap();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    drop(lock.lock("worker").unwrap());
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
+    thread::scope(|scope| {
+        let occupier = scope.spawn(|| lock.try_lock_for("occupier", ms(3_000)));
+        eventually("the connection is busy", || {
+            let sql =
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%'";
+            table.client().query_one(sql, &[&table.name]).unwrap().get::<_, i64>(0) == 1
+        });
+        let error = lock.try_lock_for("late", ms(100)).unwrap_err();
+        assert!(error.to_string().contains("max_connections"), "{error}");
+        transaction.commit().unwrap();
+        occupier.join().unwrap().unwrap().expect("the lock was free").unlock().unwrap();
+    });
+}
+
+#[test]
 fn a_dsn_to_an_address_that_answers_nothing_fails_within_the_connect_timeout() {
     // Accepts, by its kernel, and says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();

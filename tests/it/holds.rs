@@ -186,6 +186,16 @@ fn information_is_what_the_table_says() {
 }
 
 #[test]
+fn a_lease_is_as_long_as_it_was_set_to_the_millisecond() {
+    let table = Table::new();
+    let lock = table.short_lock("l", ms(1_234), ms(500));
+    let _guard = lock.lock("worker").unwrap();
+    let held = lock.info().unwrap().unwrap();
+    let lease = held.lease_expire_time.duration_since(held.lock_begin_time).unwrap();
+    assert!((ms(1_234)..ms(1_300)).contains(&lease), "{lease:?}");
+}
+
+#[test]
 fn the_servers_time_is_the_servers() {
     let table = Table::new();
     let storage = table.storage();

@@ -52,6 +52,14 @@ fn nothing_is_left_unfinished() {
     }
 }
 
+/// A clock that can be set has no say in anything.
+#[test]
+fn this_machines_wall_clock_is_never_asked() {
+    for file in files("src", ".rs") {
+        assert!(!read(&file).contains("SystemTime::now"), "{}", file.display());
+    }
+}
+
 #[test]
 fn the_library_depends_on_what_it_says_and_nothing_more() {
     let manifest = read("Cargo.toml");

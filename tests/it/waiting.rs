@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use storage_lock::{LockOptions, StorageLock};
 
 use crate::support::proxy::Proxy;
-use crate::support::{Table, eventually, ms, takes_at_most};
+use crate::support::{Table, eventually, is_refreshed, ms, takes_at_most};
 
 #[test]
 fn a_wait_ends_with_the_release() {
@@ -45,7 +45,7 @@ fn a_timeout_ends_the_wait() {
 #[test]
 fn a_wait_ends_with_the_lease_of_a_dead_holder() {
     let table = Table::new();
-    let theirs = table.lock("l");
+    let theirs = table.short_lock("l", ms(30_000), ms(50));
     drop(theirs.lock("worker-1").unwrap());
     // Held by nobody alive for 700 ms more. The waiter's own lease is 30 s, and has no say.
     table.execute("UPDATE $T SET released_at = NULL, lease_expire_time = clock_timestamp() + interval '700 ms'");
@@ -53,6 +53,7 @@ fn a_wait_ends_with_the_lease_of_a_dead_holder() {
     assert_eq!(guard.version(), 2);
     let information = theirs.info().unwrap().unwrap();
     assert_eq!(information.owner_id, "worker-2", "a takeover puts the new owner into the row");
+    is_refreshed(&guard);
     guard.unlock().expect("the new owner's release matches");
 }
 
