@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashSet;
-use std::sync::{Barrier, Mutex};
+use std::sync::{Condvar, Mutex};
 use std::thread;
 
 use postgres::{Config, NoTls};
@@ -55,6 +55,25 @@ fn claim(lock_id: &str, lease: Duration) -> Claim {
     Claim { lock_id: lock_id.to_owned(), owner_id: "owner".to_owned(), lease_id: Uuid::new_v4(), lease }
 }
 
+/// Where two threads meet again and again. Unlike at a `Barrier`, one whose partner has panicked doesn't wait for ever.
+#[derive(Default)]
+struct Meeting {
+    arrivals: Mutex<u64>,
+    arrived: Condvar,
+}
+
+impl Meeting {
+    fn meet(&self) {
+        let mut arrivals = self.arrivals.lock().unwrap();
+        *arrivals += 1;
+        let complete = arrivals.next_multiple_of(2);
+        self.arrived.notify_all();
+        let waiting =
+            self.arrived.wait_timeout_while(arrivals, Duration::from_secs(20), |arrivals| *arrivals < complete);
+        assert!(*waiting.unwrap().0 >= complete, "the other thread didn't come");
+    }
+}
+
 const LONG: Duration = Duration::from_secs(60);
 
 fn acquire_or_create(session: &mut Session, sql: &Sql, claim: &Claim) -> Acquired {
@@ -68,13 +87,13 @@ fn acquire_or_create(session: &mut Session, sql: &Sql, claim: &Claim) -> Acquire
 fn of_two_creators_of_a_lock_one_has_its_first_hold() {
     const ROUNDS: usize = 3_000;
     let table = Table::new();
-    let barrier = Barrier::new(2);
+    let meeting = Meeting::default();
     let creator = || {
         let mut session = session();
         (0..ROUNDS)
             .map(|round| {
                 let claim = claim(&format!("l{round}"), LONG);
-                barrier.wait();
+                meeting.meet();
                 match acquire_or_create(&mut session, &table.sql, &claim) {
                     Acquired::Taken { version, .. } => {
                         assert_eq!(version, 1);
@@ -162,7 +181,7 @@ fn a_creator_that_stalls_inside_its_transaction_is_ended_by_the_server() {
 fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
     const ROUNDS: u32 = 3_000;
     let table = Table::new();
-    let barrier = Barrier::new(2);
+    let meeting = Meeting::default();
     let lease = Duration::from_millis(4);
     let held = Mutex::new(None);
     let (refreshed, taken) = thread::scope(|scope| {
@@ -176,7 +195,7 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
                     other => panic!("round {round}: {other:?}"),
                 };
                 *held.lock().unwrap() = Some(sent);
-                barrier.wait();
+                meeting.meet();
                 // Around the end of the lease, a little earlier or later each time.
                 while sent.elapsed()
                     < lease - Duration::from_micros(400) + Duration::from_micros(u64::from(round % 7) * 100)
@@ -186,11 +205,11 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
                 let long = Claim { lease: LONG, ..short };
                 let is_refreshed = session.refresh(&table.sql, &long, version).unwrap();
                 refreshed.push(is_refreshed);
-                barrier.wait();
+                meeting.meet();
                 if is_refreshed {
                     assert!(session.release(&table.sql, &long, Some(version)).unwrap());
                 }
-                barrier.wait();
+                meeting.meet();
             }
             refreshed
         });
@@ -198,7 +217,7 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
             let mut session = session();
             let mut taken = Vec::new();
             for round in 0..ROUNDS {
-                barrier.wait();
+                meeting.meet();
                 let sent = held.lock().unwrap().unwrap();
                 while sent.elapsed()
                     < lease - Duration::from_micros(400) + Duration::from_micros(u64::from(round % 5) * 150)
@@ -207,11 +226,11 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
                 let claim = claim("l", LONG);
                 let is_taken = matches!(session.acquire(&table.sql, &claim).unwrap(), Acquired::Taken { .. });
                 taken.push(is_taken);
-                barrier.wait();
+                meeting.meet();
                 if is_taken {
                     assert!(session.release(&table.sql, &claim, None).unwrap());
                 }
-                barrier.wait();
+                meeting.meet();
             }
             taken
         });
