@@ -35,12 +35,14 @@ die() {
 find_binaries() {
   local folder folders
   folders=$(
-    if command -v initdb >/dev/null; then dirname "$(command -v initdb)"; fi
-    pg_config --bindir
-    printf '%s\n' /usr/lib/postgresql/*/bin /usr/pgsql-*/bin | sort -rV
-    printf '%s\n' /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin | sort -rV
-    printf '%s\n' /usr/local/pgsql/bin
-  ) 2>/dev/null || true
+    {
+      if command -v initdb; then dirname "$(command -v initdb)"; fi
+      pg_config --bindir
+      printf '%s\n' /usr/lib/postgresql/*/bin /usr/pgsql-*/bin | sort -rV
+      printf '%s\n' /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin | sort -rV
+      printf '%s\n' /usr/local/pgsql/bin
+    } 2>/dev/null
+  ) || true
   while read -r folder; do
     if [ -x "$folder/initdb" ] && [ -x "$folder/pg_ctl" ] && [ -x "$folder/postgres" ]; then
       echo "$folder"
@@ -57,8 +59,16 @@ install_binaries() {
   fi
   command -v apt-get >/dev/null || return 1
   echo "$name: no PostgreSQL binaries found; installing Debian's postgresql package" >&2
-  $sudo apt-get -qq update >&2 &&
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=120 install postgresql >&2
+  local install=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=120 install)
+  local config=/etc/postgresql-common/createcluster.conf
+  # Only the binaries are wanted, not the permanent cluster that the package would make and start.
+  {
+    $sudo apt-get -qq update &&
+      $sudo "${install[@]}" postgresql-common &&
+      $sudo sed -i 's/^#create_main_cluster = true/create_main_cluster = false/' "$config" &&
+      $sudo "${install[@]}" postgresql
+    $sudo sed -i 's/^create_main_cluster = false/#create_main_cluster = true/' "$config"
+  } >&2
 }
 
 binaries=$(find_binaries)
@@ -84,23 +94,27 @@ fi
 
 # /tmp and not TMPDIR: the path of a Unix socket may have 107 bytes at most.
 folder=$(mktemp -d /tmp/storage-lock-postgres.XXXXXX)
+# What the server may write; the rest of the folder is ours, and run by us.
+readonly own="$folder/server"
+mkdir -m 700 "$own"
 
 cat >"$folder/as-server-user" <<END
 #!/bin/sh
-cd '$folder' || exit
+cd '$own' || exit
 if [ -z '$server_user' ] || [ "\$(id -u)" -ne 0 ]; then exec "\$@"; fi
 if command -v runuser >/dev/null; then exec runuser -u '$server_user' -- "\$@"; fi
 exec su -s /bin/sh '$server_user' -c 'exec "\$0" "\$@"' -- "\$@"
 END
 cat >"$folder/ctl" <<END
 #!/bin/sh
-exec '$folder/as-server-user' '$binaries/pg_ctl' -D '$folder/data' -w -t 60 -l '$folder/log' "\$@"
+exec '$folder/as-server-user' '$binaries/pg_ctl' -D '$own/data' -w -t 60 -l '$own/log' "\$@"
 END
 chmod +x "$folder/as-server-user" "$folder/ctl"
 
-# The watcher ends when the last writer of its pipe has gone, which is this script, alive or killed: everything that the
+# The watcher has a process group of its own, which a signal to ours doesn't reach. It ends when the last writer of its pipe has gone, which is this script, alive or killed: everything that the
 # script starts gets descriptor 9 closed.
 mkfifo "$folder/alive"
+set -m
 (
   trap '' INT TERM HUP
   read -r _ <"$folder/alive" || true
@@ -108,6 +122,7 @@ mkfifo "$folder/alive"
   rm -rf "$folder"
 ) >/dev/null 2>&1 </dev/null &
 readonly watcher=$!
+set +m
 exec 9>"$folder/alive"
 # shellcheck disable=SC2317 # called by the trap
 clean_up() {
@@ -118,24 +133,25 @@ trap clean_up EXIT
 
 readonly role=storage_lock
 password=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-printf '%s\n' "$password" >"$folder/password"
+printf '%s\n' "$password" >"$own/password"
+chmod 711 "$folder"
 if [ -n "$server_user" ]; then
-  chown -R "$server_user" "$folder"
+  chown -R "$server_user" "$own"
 fi
 
-"$folder/as-server-user" "$binaries/initdb" -D "$folder/data" -U "$role" --pwfile="$folder/password" \
+"$folder/as-server-user" "$binaries/initdb" -D "$own/data" -U "$role" --pwfile="$own/password" \
   --auth=password --encoding=UTF8 --locale=C --no-sync >"$folder/initdb.log" 2>&1 9>&- ||
   die "initdb failed: $(cat "$folder/initdb.log")"
-rm "$folder/password"
+rm "$own/password"
 {
   echo "listen_addresses = '127.0.0.1'"
-  echo "unix_socket_directories = '$folder'"
+  echo "unix_socket_directories = '$own'"
   echo "max_connections = 300"
   if [ -n "$fast" ]; then
     echo "fsync = off"
     echo "full_page_writes = off"
   fi
-} >>"$folder/data/postgresql.conf"
+} >>"$own/data/postgresql.conf"
 
 # A port is free if the server can bind it: that is the only test without a race. 32768 and up are handed out to clients.
 port=
@@ -146,9 +162,9 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
     break
   fi
 done
-[ -n "$port" ] || die "the server doesn't start: $(tail -n 20 "$folder/log")"
+[ -n "$port" ] || die "the server doesn't start: $(tail -n 20 "$own/log")"
 # Restarts by ctl come back to the same port.
-echo "port = $port" >>"$folder/data/postgresql.conf"
+echo "port = $port" >>"$own/data/postgresql.conf"
 
 export STORAGE_LOCK_POSTGRESQL_DSN="host=127.0.0.1 port=$port user=$role password=$password dbname=postgres"
 export STORAGE_LOCK_POSTGRESQL_CTL="$folder/ctl"

@@ -24,6 +24,8 @@ use crate::stragglers::{self, Stragglers};
 /// What opening may take beyond the client's own `connect_timeout`, which covers the socket and not the log-in: the
 /// client's error is the better one.
 const OPENING_SLACK: Duration = Duration::from_millis(250);
+/// How often each of several attempts is looked at.
+const LOOK: Duration = Duration::from_millis(2);
 /// What a server, or a pooler before it, says of start-up options that it doesn't know.
 const REFUSED_OPTIONS: [SqlState; 3] =
     [SqlState::PROTOCOL_VIOLATION, SqlState::FEATURE_NOT_SUPPORTED, SqlState::UNDEFINED_OBJECT];
@@ -69,36 +71,44 @@ impl Connections {
         self.opening_time
     }
 
-    /// An open session, before `deadline`.
+    /// An open session, before `deadline`. An attempt that an earlier caller left behind may be stuck, so it is awaited
+    /// beside a fresh one, whichever is first.
     pub(crate) fn check_out(&self, deadline: Instant) -> Result<CheckedOut> {
         let started = Instant::now();
+        let mut under_way: Vec<PooledConnection<Opener>> = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(opening_timed_out(started.elapsed()));
             }
-            let mut attempt = self.pool.get_timeout(left).map_err(|_| opening_timed_out(started.elapsed()))?;
-            if let Attempt::UnderWay { result, give_up_at } = &*attempt {
-                let until = deadline.min(*give_up_at);
-                match result.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                    Ok((_, Ok(session))) => *attempt = Attempt::Open(Box::new(session)),
-                    Ok((at, Err(error))) => {
-                        *attempt = Attempt::Failed;
-                        // A failure of the past, which nobody waited for, says nothing about now.
-                        if at >= started {
-                            return Err(error);
-                        }
-                    }
-                    Err(RecvTimeoutError::Timeout) => return Err(opening_timed_out(started.elapsed())),
-                    Err(RecvTimeoutError::Disconnected) => {
-                        *attempt = Attempt::Failed;
-                        let source = std::io::Error::other("the thread that opened a connection panicked");
-                        return Err(Error::Thread { source });
+            let attempt = self.pool.get_timeout(left).map_err(|_| opening_timed_out(started.elapsed()))?;
+            match &*attempt {
+                Attempt::Open(session) if session.is_usable() => return Ok(CheckedOut(attempt)),
+                Attempt::Open(_) | Attempt::Failed => {}
+                Attempt::UnderWay { began, .. } => {
+                    let is_fresh = *began >= started;
+                    under_way.push(attempt);
+                    if is_fresh {
+                        break;
                     }
                 }
             }
-            if attempt.is_usable() {
-                return Ok(CheckedOut(attempt));
+        }
+        loop {
+            let patience = if under_way.len() == 1 { deadline.saturating_duration_since(Instant::now()) } else { LOOK };
+            let mut still_under_way = Vec::new();
+            for mut attempt in under_way {
+                match attempt.wait(patience) {
+                    Ok(true) => return Ok(CheckedOut(attempt)),
+                    Ok(false) => still_under_way.push(attempt),
+                    // What became of the others says nothing about now.
+                    Err((began, Some(error))) if began >= started => return Err(error),
+                    Err(_) => {}
+                }
+            }
+            under_way = still_under_way;
+            if under_way.is_empty() || deadline <= Instant::now() {
+                return Err(opening_timed_out(started.elapsed()));
             }
         }
     }
@@ -121,7 +131,7 @@ impl CheckedOut {
 
 /// An attempt to open a connection, and what came of it.
 enum Attempt {
-    UnderWay { result: Receiver<(Instant, Result<Session>)>, give_up_at: Instant },
+    UnderWay { result: Receiver<Result<Session>>, began: Instant, give_up_at: Instant },
     Open(Box<Session>),
     Failed,
 }
@@ -134,6 +144,25 @@ impl Attempt {
             Attempt::Open(session) => session.is_usable(),
             Attempt::Failed => false,
         }
+    }
+
+    /// Waits for what is under way: whether it is open; or when it began, and why it failed, if it was made at all.
+    fn wait(&mut self, patience: Duration) -> Result<bool, (Instant, Option<Error>)> {
+        let Attempt::UnderWay { result, began, give_up_at } = &*self else { return Ok(true) };
+        let (began, until) = (*began, give_up_at.saturating_duration_since(Instant::now()));
+        let error = match result.recv_timeout(patience.min(until)) {
+            Ok(Ok(session)) => {
+                *self = Attempt::Open(Box::new(session));
+                return Ok(true);
+            }
+            Ok(Err(error)) => Some(error),
+            Err(RecvTimeoutError::Timeout) if Instant::now() < *give_up_at => return Ok(false),
+            Err(RecvTimeoutError::Timeout) => Some(opening_timed_out(began.elapsed())),
+            // Not made, because too many are stuck; or its thread panicked.
+            Err(RecvTimeoutError::Disconnected) => None,
+        };
+        *self = Attempt::Failed;
+        Err((began, error))
     }
 }
 
@@ -152,27 +181,23 @@ impl ManageConnection for Opener {
     type Error = std::convert::Infallible;
 
     fn connect(&self) -> Result<Attempt, Self::Error> {
-        let now = Instant::now();
+        let began = Instant::now();
         let (sender, result) = mpsc::sync_channel(1);
         let under_way = UnderWay::new(&self.under_way);
         let stuck = under_way.others().saturating_sub(self.max_connections);
-        if self.stragglers.lock().unwrap_or_else(PoisonError::into_inner).may_add(stuck, now) {
+        if self.stragglers.lock().unwrap_or_else(PoisonError::into_inner).may_add(stuck, began) {
             let (config, route, failed) = (self.config.clone(), Arc::clone(&self.route), sender.clone());
             let started = thread::Builder::new().name("lock-connect".to_owned()).spawn(move || {
                 let opened = open(&config, route).map_err(|source| Error::Connect { source });
                 drop(under_way);
                 // If nobody waits any more, the session is closed here.
-                drop(sender.send((Instant::now(), opened)));
+                drop(sender.send(opened));
             });
             if let Err(source) = started {
-                drop(failed.send((now, Err(Error::Thread { source }))));
+                drop(failed.send(Err(Error::Thread { source })));
             }
-        } else {
-            let action = "open a connection".to_owned();
-            let waiting_for = "earlier attempts, all of which are stuck";
-            drop(sender.send((now, Err(Error::Timeout { action, waiting_for, after: Duration::ZERO }))));
         }
-        Ok(Attempt::UnderWay { result, give_up_at: now + self.opening_time })
+        Ok(Attempt::UnderWay { result, began, give_up_at: began + self.opening_time })
     }
 
     fn is_valid(&self, _: &mut Attempt) -> Result<(), Self::Error> {

@@ -1,8 +1,8 @@
 //! What was left unfinished: acquires and releases whose outcome nobody knows.
 //!
 //! One thread of a storage, while there is something to do, releases what such a claim may have taken, or may not have given
-//! back. A claim is named by its lease, so this hurts nobody else. It ends when the database has confirmed the release, or when
-//! the lease has run out by itself.
+//! back. A claim is named by its lease, so this hurts nobody else. It ends when the database has confirmed the release, when the
+//! lease has run out by itself, or after ten minutes.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex};
@@ -12,10 +12,14 @@ use crate::session::Claim;
 use crate::term::backoff;
 use crate::workers::{lock, wait_until};
 
-/// Beyond this, leases run out by themselves.
+/// Beyond this number, leases run out by themselves.
 const MAX_UNFINISHED: usize = 1_000;
 /// An acquire whose connection broke may still be on its way for this long: that there is nothing to release yet says little.
 const STRAY_TIME: Duration = Duration::from_secs(60);
+
+const FIRST_LOOKS: Duration = Duration::from_millis(250);
+/// Nothing is followed up for longer, however long its lease is.
+const LONGEST: Duration = Duration::from_secs(10 * 60);
 
 /// Something to be released.
 #[derive(Clone, Debug)]
@@ -50,11 +54,13 @@ impl Unfinished {
             Outcome::NotThere => self.version.is_some() || age >= STRAY_TIME,
             Outcome::Failed => false,
         };
-        if is_done || age >= self.claim.lease {
+        if is_done || age >= self.claim.lease.min(LONGEST) {
             return None;
         }
         self.failures = self.failures.saturating_add(1);
-        self.next = now + backoff(self.failures);
+        // Looks four times a second at first, then ever less often.
+        let is_not_there = outcome == Outcome::NotThere;
+        self.next = now + if is_not_there { (age / 2).max(FIRST_LOOKS) } else { backoff(self.failures) };
         Some(self)
     }
 }

@@ -61,7 +61,7 @@ impl LockGuard {
     /// keeps the lock.
     ///
     /// Blocks for at most 2 s. If the release could not be confirmed within them, it is repeated in the background until
-    /// the lease has run out.
+    /// the lease has run out, for ten minutes at most.
     ///
     /// # Errors
     /// [`Error::LeaseLost`](crate::Error::LeaseLost) if the hold was over before: somebody else may have owned the lock

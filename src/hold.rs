@@ -78,18 +78,20 @@ impl Hold {
     pub(crate) fn refreshed(&self, number: u64, sent: Instant, result: Result<bool>) {
         let mut state = self.state();
         let now = Instant::now();
-        state.answer = match result {
-            Ok(true) => {
-                state.term.extend(now, sent);
-                Some((number, Ok(())))
-            }
+        match &result {
+            Ok(true) => state.term.extend(now, sent),
+            // Released meanwhile: no loss.
+            Ok(false) if state.guards == 0 => return,
             Ok(false) => {
                 state.term.lose();
                 state.is_gone = true;
-                None
             }
-            Err(error) => Some((number, Err(error))),
-        };
+            Err(_) => {}
+        }
+        // An answer that nobody has read yet is not replaced by that of an older attempt.
+        if state.answer.as_ref().is_none_or(|(unread, _)| *unread < number) {
+            state.answer = Some((number, result.map(|_| ())));
+        }
         self.changed.notify_all();
     }
 

@@ -81,7 +81,7 @@ impl PostgresStorageOptions {
         self
     }
 
-    /// How many connections there may be, each opened when it is first needed and closed after a minute without use.
+    /// How many connections there may be, each opened when it is first needed, and closed when its thread had nothing to do for a minute.
     /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases.
     ///
     /// A connection whose call overran its deadline no longer counts, and is replaced: eight such may be around, and if

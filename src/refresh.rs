@@ -64,7 +64,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             (Some((number, Err(error))), _) if number == attempt => {
                 drop(state);
                 failures += 1;
-                Some((error, backoff(failures)))
+                Some((error, backoff(failures).min(hold.remaining() / 2)))
             }
             (_, Next::Refresh(at)) if *at <= now => {
                 attempt += 1;

@@ -91,11 +91,11 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    /// In `text`, `$HERE` stands for the check of the last parameter, which is `parameter`; NULL passes.
-    fn new(operation: &str, table: &str, parameter: &str, text: &str) -> Prepared {
+    /// `text` gets the check of the last parameter, which is `parameter`; NULL passes.
+    fn new(operation: &str, table: &str, parameter: &str, text: impl FnOnce(&str) -> String) -> Prepared {
         let name = format!("{operation} {table}");
         let place = format!("pg_backend_pid() || {}", literal(&format!(" {name}")));
-        Prepared { text: text.replace("$HERE", &format!("coalesce({parameter}::text, {place}) = {place}")), name }
+        Prepared { text: text(&format!("coalesce({parameter}::text, {place}) = {place}")), name }
     }
 }
 
@@ -123,14 +123,11 @@ impl Sql {
             // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version.
             // A lease id takes a lock once: a copy of this statement that the network delivered late, after its
             // repetition was served and released, must not take the lock for nobody.
-            acquire: Prepared::new(
-                "acquire",
-                &table,
-                "$5",
-                &format!(
+            acquire: Prepared::new("acquire", &table, "$5", |here| {
+                format!(
                     "WITH cur AS MATERIALIZED (
     SELECT version, owner_id, lease_id, lease_expire_time, released_at FROM {table}
-    WHERE lock_id = $1 AND $HERE ORDER BY version DESC LIMIT 1
+    WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
 ), free AS MATERIALIZED (
     SELECT version FROM {table}
     WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3
@@ -143,12 +140,12 @@ impl Sql {
     WHERE lock_id = $1 AND version = (SELECT version FROM free)
     RETURNING version, lease_expire_time
 )
-SELECT $HERE, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
+SELECT {here}, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
        coalesce(taken.lease_expire_time, cur.lease_expire_time), clock_timestamp()
 FROM (VALUES (1)) AS one LEFT JOIN cur ON true LEFT JOIN taken ON true",
                     lease = lease_from_now("$4"),
-                ),
-            ),
+                )
+            }),
             // $1 lock. Taken in a statement of its own, before `create` gets its snapshot.
             lock_creation: format!(
                 "SELECT pg_try_advisory_xact_lock(hashtextextended($1, {literal}::regclass::oid::bigint)),
@@ -164,36 +161,30 @@ RETURNING version, lease_expire_time, clock_timestamp()",
                 lease = lease_from_now("$4"),
             ),
             // $1 lock, $2 version, $3 lease id, $4 lease in microseconds, $5 place.
-            refresh: Prepared::new(
-                "refresh",
-                &table,
-                "$5",
-                &format!(
+            refresh: Prepared::new("refresh", &table, "$5", |here| {
+                format!(
                     "WITH refreshed AS (
     UPDATE {table} SET lease_expire_time = {lease}
     WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
-      AND lease_expire_time > clock_timestamp() AND $HERE AND {DURABLE}
+      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
     RETURNING 1
 )
-SELECT $HERE, EXISTS (SELECT FROM refreshed)",
+SELECT {here}, EXISTS (SELECT FROM refreshed)",
                     lease = lease_from_now("$4"),
-                ),
-            ),
+                )
+            }),
             // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place.
-            release: Prepared::new(
-                "release",
-                &table,
-                "$4",
-                &format!(
+            release: Prepared::new("release", &table, "$4", |here| {
+                format!(
                     "WITH released AS (
     UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp())
     WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3
-      AND $HERE AND set_config('synchronous_commit', 'off', true) IS NOT NULL
+      AND {here} AND set_config('synchronous_commit', 'off', true) IS NOT NULL
     RETURNING 1
 )
-SELECT $HERE, EXISTS (SELECT FROM released)",
-                ),
-            ),
+SELECT {here}, EXISTS (SELECT FROM released)",
+                )
+            }),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
             list: format!(
                 "SELECT {information} FROM {table}

@@ -23,6 +23,8 @@ use crate::stragglers::Stragglers;
 
 /// A worker without work ends after this, and closes its connection.
 const IDLE_TIME: Duration = Duration::from_secs(60);
+/// How often a call that takes long looks whether a worker is stuck.
+const LOOK: Duration = Duration::from_millis(250);
 /// How often a call is made in all when its connections break.
 const MAX_TRIES: u32 = 3;
 /// Enough for the client, the logger and TLS; only what is touched counts.
@@ -178,16 +180,15 @@ impl Workers {
                 }
             };
             if let Some((reply, unfinished)) = caller.take() {
-                place.free();
                 match result {
                     Ok((session, value)) => {
-                        if let Err(value) = reply.answer(value) {
-                            place.take_back();
+                        if let Err(Ok(value)) = reply.send(Ok(value), place) {
                             unfinished(Some((session, value)));
                         }
                     }
                     Err(error) => {
-                        reply.fail(error);
+                        // Nobody is interested in why nothing came too late.
+                        drop(reply.send(Err(error), place));
                         if is_unknown {
                             unfinished(None);
                         }
@@ -197,12 +198,18 @@ impl Workers {
             Next::Done
         };
         self.submit(urgency, deadline, Box::new(step));
-        slot.wait(deadline).unwrap_or_else(|waiting_for| {
-            // The worker may be stuck, and others wait behind it.
-            self.shared.wake.notify_all();
-            self.add_workers();
-            Err(Error::Timeout { action: action(), waiting_for, after: started.elapsed() })
-        })
+        loop {
+            let look = Instant::now() + LOOK;
+            match slot.wait(deadline.min(look), look < deadline) {
+                Ok(answer) => return answer,
+                Err(waiting_for) if deadline <= look => {
+                    self.remove_expired();
+                    return Err(Error::Timeout { action: action(), waiting_for, after: started.elapsed() });
+                }
+                // A worker may have got stuck, and this call waits behind it.
+                Err(_) => self.add_workers(),
+            }
+        }
     }
 
     /// Makes a call and goes on; `done` gets the result on the worker's thread, and `is_wanted` is asked before each try.
@@ -242,6 +249,21 @@ impl Workers {
         drop(state);
         self.shared.wake.notify_one();
         self.add_workers();
+    }
+
+    /// Forgets the tasks that nobody waits for any more.
+    fn remove_expired(&self) {
+        let now = Instant::now();
+        let mut state = lock(&self.shared.state);
+        let take = |queue: &mut VecDeque<Task>| {
+            let (expired, waiting) = std::mem::take(queue).into_iter().partition(|task| task.deadline < now);
+            *queue = waiting;
+            expired
+        };
+        let expired: [VecDeque<Task>; 2] = [take(&mut state.urgent), take(&mut state.ordinary)];
+        // A task may hold the last handle of this storage.
+        drop(state);
+        drop(expired);
     }
 
     /// Starts workers for what is queued, up to the limit. Called when a task comes, and when one turns out to be stuck.
@@ -299,18 +321,12 @@ impl Drop for Workers {
 /// A worker's place among the workers, as the task that it runs sees it. A worker becomes idle just before its caller gets
 /// the answer: with the next call the caller would else find it busy still, and start another worker.
 #[derive(Default)]
-struct Place<'a>(Option<(&'a Shared, u64, Running)>);
+struct Place<'a>(Option<(&'a Shared, u64)>);
 
 impl Place<'_> {
     fn free(&self) {
-        if let Some((shared, id, _)) = self.0 {
+        if let Some((shared, id)) = self.0 {
             lock(&shared.state).workers.insert(id, None);
-        }
-    }
-
-    fn take_back(&self) {
-        if let Some((shared, id, running)) = self.0 {
-            lock(&shared.state).workers.insert(id, Some(running));
         }
     }
 }
@@ -331,7 +347,8 @@ impl Worker {
             // Another worker replaced this one while it was stuck, or there is no more work.
             let is_surplus = state.live(now) > shared.max_live;
             let Some(task) = (if is_surplus { None } else { state.next_task(now, shared.max_live) }) else {
-                if !is_surplus && !state.is_closed {
+                // One that lost its connection leaves too, so that whoever is idle can start at once.
+                if !is_surplus && !state.is_closed && self.connection.is_some() {
                     state = wait_until(&shared.wake, state, now + IDLE_TIME);
                     if now.elapsed() < IDLE_TIME || !state.urgent.is_empty() || !state.ordinary.is_empty() {
                         continue;
@@ -344,7 +361,7 @@ impl Worker {
             let running = Running { urgency: task.urgency, deadline: task.deadline };
             state.workers.insert(self.id, Some(running));
             drop(state);
-            self.run_task(task, &Place(Some((&shared, self.id, running))));
+            self.run_task(task, &Place(Some((&shared, self.id))));
             state = lock(&shared.state);
             state.workers.insert(self.id, None);
             if !state.ordinary.is_empty() {
@@ -359,6 +376,10 @@ impl Worker {
     }
 
     fn run_task(&mut self, mut task: Task, place: &Place<'_>) {
+        if task.deadline < Instant::now() {
+            // Nobody waits any more: its connection, which is a good one, is not touched.
+            return;
+        }
         loop {
             let mut connection = match self.connection.take() {
                 Some(connection) => connection,
@@ -423,19 +444,23 @@ impl<T> Slot<T> {
         Arc::new(Slot { state: Mutex::new(state), answered: Condvar::new() })
     }
 
-    /// The answer, or what had not come before the deadline.
-    fn wait(&self, deadline: Instant) -> Result<Result<T>, &'static str> {
+    /// The answer, or what had not come until then.
+    fn wait(&self, until: Instant, comes_back: bool) -> Result<Result<T>, &'static str> {
         let mut state = lock(&self.state);
         loop {
             if let Some(answer) = state.answer.take() {
                 return Ok(answer);
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= until {
                 // From here on the worker knows, under the same mutex, that its answer is too late.
-                state.is_abandoned = true;
-                return Err(if state.has_started { "an answer" } else { "a free connection (max_connections)" });
+                state.is_abandoned = !comes_back;
+                return Err(if state.has_started {
+                    "an answer"
+                } else {
+                    "a connection to be free (max_connections) or opened"
+                });
             }
-            state = wait_until(&self.answered, state, deadline);
+            state = wait_until(&self.answered, state, until);
         }
     }
 }
@@ -456,28 +481,24 @@ impl<T> Reply<T> {
         !state.is_abandoned
     }
 
-    /// Gives the value back if nobody waits for it any more.
-    fn answer(&self, value: T) -> Result<(), T> {
+    /// Answers, and frees the worker's place; or gives the result back if nobody waits for it any more.
+    fn send(&self, result: Result<T>, place: &Place<'_>) -> Result<(), Result<T>> {
         let mut state = lock(&self.0.state);
         if state.is_abandoned {
-            return Err(value);
+            return Err(result);
         }
-        state.answer = Some(Ok(value));
+        place.free();
+        state.answer = Some(result);
         self.0.answered.notify_one();
         Ok(())
-    }
-
-    fn fail(&self, error: Error) {
-        lock(&self.0.state).answer = Some(Err(error));
-        self.0.answered.notify_one();
     }
 }
 
 impl<T> Drop for Reply<T> {
-    /// Without an answer, the call ended in a panic, and its caller shall not wait for the deadline.
+    /// The caller of a call that ended in a panic shall not wait for the deadline. (Dropped otherwise, that has passed.)
     fn drop(&mut self) {
         let mut state = lock(&self.0.state);
-        if state.answer.is_none() && !state.is_abandoned {
+        if thread::panicking() && state.answer.is_none() && !state.is_abandoned {
             state.answer = Some(Err(Error::Thread { source: std::io::Error::other("the worker thread panicked") }));
             self.0.answered.notify_one();
         }

@@ -30,7 +30,7 @@ fn start_sleeping() -> (Child, String) {
         .unwrap();
     let mut folder = String::new();
     std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut folder).unwrap();
-    assert!(Path::new(folder.trim()).join("data/postmaster.pid").exists(), "{folder}");
+    assert!(Path::new(folder.trim()).join("server/data/postmaster.pid").exists(), "{folder}");
     (child, folder.trim().to_owned())
 }
 
@@ -56,10 +56,14 @@ fn it_uses_the_server_that_is_there() {
 
 #[test]
 fn it_takes_its_server_away_however_it_ends() {
-    // Ctrl-C goes to all processes of the terminal's group; the others to the script alone.
-    for (signal, goes_to_group) in
-        [(Signal::SIGINT, true), (Signal::SIGTERM, false), (Signal::SIGHUP, false), (Signal::SIGKILL, false)]
-    {
+    // To all processes of the group, as Ctrl-C at a terminal, or to the script alone.
+    for (signal, goes_to_group) in [
+        (Signal::SIGINT, true),
+        (Signal::SIGTERM, false),
+        (Signal::SIGHUP, false),
+        (Signal::SIGKILL, false),
+        (Signal::SIGKILL, true),
+    ] {
         let (mut child, folder) = start_sleeping();
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
         if goes_to_group {
