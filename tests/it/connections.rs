@@ -80,6 +80,46 @@ fn a_connection_that_was_ended_under_a_held_lock_is_replaced() {
 }
 
 #[test]
+fn a_log_in_that_is_swallowed_costs_neither_the_hold_nor_other_calls() {
+    let (_table, proxy, storage) = proxied();
+    let guard = short_lock(&storage, "l", ms(5_000), ms(500)).lock("worker").unwrap();
+    is_refreshed(&guard);
+    for _ in 0..2 {
+        proxy.swallow_next_connection();
+        proxy.cut();
+        // A refresh meets the silent connection, and tries another one.
+        is_refreshed(&guard);
+        assert!(guard.is_held());
+        takes_at_most(ms(2_000), "another call", || storage.get("l").unwrap());
+    }
+    takes_at_most(ms(1_000), "unlock", || guard.unlock().unwrap());
+}
+
+/// Tasks whose callers gave up while one worker was busy.
+#[test]
+fn tasks_that_expired_in_the_queue_cost_no_connection() {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let options = Table::of(&proxy.dsn, &table.name).options().max_connections(1);
+    let storage = PostgresStorage::new(options).unwrap();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    drop(lock.lock("warm-up").unwrap());
+    let before = proxy.connections();
+    proxy.delay_answers(ms(1_000));
+    thread::scope(|scope| {
+        let slow = scope.spawn(|| storage.server_time().unwrap());
+        let requests = proxy.requests();
+        eventually("the request is on its way", || proxy.requests() > requests || slow.is_finished());
+        for _ in 0..10 {
+            scope.spawn(|| lock.try_lock_for("late", Duration::ZERO).unwrap_err());
+        }
+    });
+    proxy.delay_answers(Duration::ZERO);
+    drop(lock.lock("worker").unwrap());
+    assert_eq!(proxy.connections(), before, "a good connection was given up");
+}
+
+#[test]
 fn with_all_packets_swallowed_every_call_comes_back() {
     let (table, proxy, storage) = proxied();
     let lock = short_lock(&storage, "l", ms(3_000), ms(500));

@@ -52,7 +52,7 @@ fn strange_identifiers_are_quoted() {
     let schema = format!("My \"Schema\" {}", Uuid::new_v4().simple());
     let quoted = format!("\"{}\"", schema.replace('"', "\"\""));
     client().batch_execute(&format!("CREATE SCHEMA {quoted}")).unwrap();
-    for table_name in ["weird; name", "x\"; DROP TABLE y; --", "Capital", "it's\\", "100%"] {
+    for table_name in ["weird; name", "x\"; DROP TABLE y; --", "Capital", "it's\\", "100%", "{here} $1 $HERE"] {
         let options = PostgresStorageOptions::from_dsn(&dsn()).schema(&schema).table_name(table_name);
         let storage = PostgresStorage::new(options).unwrap();
         let guard = StorageLock::new(&storage, "l").unwrap().lock("worker").unwrap();

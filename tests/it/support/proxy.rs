@@ -17,6 +17,8 @@ const SYNC: &[u8] = b"S\0\0\0\x04";
 struct Control {
     /// Nothing gets through any more, on no connection, in no direction, and nobody is told.
     is_swallowing: AtomicBool,
+    /// The next connection is accepted, and nothing gets through on it.
+    swallows_next: AtomicBool,
     /// The answer to the next request that contains this is lost: it is received, thrown away, and the connection is cut.
     cut: Mutex<Option<Vec<u8>>>,
     cuts: AtomicUsize,
@@ -51,9 +53,14 @@ impl Proxy {
         let control = Arc::new(Control::default());
         let shared = Arc::clone(&control);
         thread::spawn(move || {
+            let mut swallowed = Vec::new();
             for client in listener.incoming().flatten() {
                 let Ok(server) = TcpStream::connect((host.as_str(), port)) else { continue };
                 shared.connections.fetch_add(1, Ordering::SeqCst);
+                if shared.swallows_next.swap(false, Ordering::SeqCst) {
+                    swallowed.push(client);
+                    continue;
+                }
                 shared.open.lock().unwrap().extend([client.try_clone().unwrap(), server.try_clone().unwrap()]);
                 serve(client, server, &shared);
             }
@@ -69,6 +76,11 @@ impl Proxy {
     /// Lets the next request with these bytes reach the server, and loses the answer.
     pub fn lose_answer_to(&self, bytes: &[u8]) {
         *self.control.cut.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// The next connection is accepted, and hears nothing.
+    pub fn swallow_next_connection(&self) {
+        self.control.swallows_next.store(true, Ordering::SeqCst);
     }
 
     /// Holds every answer back for a while.
