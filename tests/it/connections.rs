@@ -95,6 +95,20 @@ fn a_log_in_that_is_swallowed_costs_neither_the_hold_nor_other_calls() {
     takes_at_most(ms(1_000), "unlock", || guard.unlock().unwrap());
 }
 
+#[test]
+fn a_connection_that_went_silent_costs_neither_the_hold_nor_other_calls() {
+    let (_table, proxy, storage) = proxied();
+    let guard = short_lock(&storage, "l", ms(5_000), ms(500)).lock("worker").unwrap();
+    for _ in 0..2 {
+        is_refreshed(&guard);
+        proxy.swallow_open_connections();
+        // A refresh is stuck, and is given up in time to be repeated on another connection.
+        is_refreshed(&guard);
+        assert!(guard.is_held());
+    }
+    takes_at_most(ms(1_000), "unlock", || guard.unlock().unwrap());
+}
+
 /// Tasks whose callers gave up while one worker was busy.
 #[test]
 fn tasks_that_expired_in_the_queue_cost_no_connection() {

@@ -17,6 +17,8 @@ const SYNC: &[u8] = b"S\0\0\0\x04";
 struct Control {
     /// Nothing gets through any more, on no connection, in no direction, and nobody is told.
     is_swallowing: AtomicBool,
+    /// The same for the connections up to this one.
+    swallowed: AtomicUsize,
     /// The next connection is accepted, and nothing gets through on it.
     swallows_next: AtomicBool,
     /// The answer to the next request that contains this is lost: it is received, thrown away, and the connection is cut.
@@ -78,6 +80,11 @@ impl Proxy {
         *self.control.cut.lock().unwrap() = Some(bytes.to_vec());
     }
 
+    /// From now on nothing gets through on the connections that are open, while new ones are served.
+    pub fn swallow_open_connections(&self) {
+        self.control.swallowed.store(self.connections(), Ordering::SeqCst);
+    }
+
     /// The next connection is accepted, and hears nothing.
     pub fn swallow_next_connection(&self) {
         self.control.swallows_next.store(true, Ordering::SeqCst);
@@ -112,6 +119,7 @@ impl Proxy {
 }
 
 fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
+    let number = control.connections.load(Ordering::SeqCst);
     client.set_nodelay(true).ok();
     server.set_nodelay(true).ok();
     let is_cutting = Arc::new(AtomicBool::new(false));
@@ -121,7 +129,7 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     );
     thread::spawn(move || {
         let (from, to, control, is_cutting) = to_server;
-        copy(from, to, &control, |request| {
+        copy(from, to, &control, number, |request| {
             if request.ends_with(SYNC) {
                 control.requests.fetch_add(1, Ordering::SeqCst);
             }
@@ -137,7 +145,7 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     });
     thread::spawn(move || {
         let (from, to, control, is_cutting) = to_client;
-        copy(from, to, &control, |_| {
+        copy(from, to, &control, number, |_| {
             thread::sleep(Duration::from_millis(control.delay_millis.load(Ordering::SeqCst)));
             // The server answered, so that it has committed.
             let is_cut = is_cutting.load(Ordering::SeqCst);
@@ -148,10 +156,12 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
 }
 
 /// Copies until one side ends, or `pass` says no.
-fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, pass: impl Fn(&[u8]) -> bool) {
+fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, number: usize, pass: impl Fn(&[u8]) -> bool) {
+    let is_swallowing =
+        || control.is_swallowing.load(Ordering::SeqCst) || number <= control.swallowed.load(Ordering::SeqCst);
     let mut buffer = [0; 65536];
     while let Ok(length @ 1..) = from.read(&mut buffer) {
-        if control.is_swallowing.load(Ordering::SeqCst) {
+        if is_swallowing() {
             continue;
         }
         if !pass(&buffer[..length]) || to.write_all(&buffer[..length]).is_err() {
@@ -159,7 +169,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, pass: impl Fn
         }
     }
     // A proxy that swallows tells nobody that the other side has gone.
-    if !control.is_swallowing.load(Ordering::SeqCst) {
+    if !is_swallowing() {
         from.shutdown(Shutdown::Both).ok();
         to.shutdown(Shutdown::Both).ok();
     }
