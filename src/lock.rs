@@ -14,6 +14,7 @@ use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::session::{Claim, LockInformation};
 use crate::storage::{Attempt, PostgresStorage};
+use crate::term::Term;
 use crate::wait::Patience;
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.
@@ -69,6 +70,7 @@ impl StorageLock {
     /// trying again can't help.
     pub fn lock(&self, owner_id: &str) -> Result<LockGuard> {
         loop {
+            // Patience that lasts for ever ends with a guard or an error.
             if let Some(guard) = self.acquire(owner_id, Patience::Forever)? {
                 return Ok(guard);
             }
@@ -157,16 +159,16 @@ impl StorageLock {
         }
     }
 
-    fn hold(&self, claim: Claim, version: i64, term: crate::term::Term) -> Result<LockGuard> {
-        log::debug!(
-            target: "storage_lock",
-            "{:?} acquired lock {:?} as version {version}", claim.owner_id, claim.lock_id
-        );
+    fn hold(&self, claim: Claim, version: i64, term: Term) -> Result<LockGuard> {
         let hold = Arc::new(Hold::new(claim, version, term, self.options.refresh_interval()));
         self.storage.holds().insert(&hold);
         let guard = LockGuard::new(self.storage.clone(), Arc::clone(&hold));
         // Without a refresh thread there is no hold: the guard is dropped here.
         refresh::start(&self.storage, &hold)?;
+        log::debug!(
+            target: "storage_lock",
+            "{:?} acquired lock {:?} as version {version}", guard.owner_id(), guard.lock_id()
+        );
         Ok(guard)
     }
 }
