@@ -88,3 +88,38 @@ fn releases_that_are_stuck_do_not_starve_the_refreshes_of_other_locks() {
     crate::support::eventually("all but one are free", || storage.list().unwrap().len() == 1);
     keep.unlock().unwrap();
 }
+
+/// Acquires that take long, more of them than connections.
+#[test]
+fn one_connection_is_kept_for_refreshes_and_releases() {
+    let table = Table::new();
+    let storage = storage_lock::PostgresStorage::new(table.options().max_connections(2)).unwrap();
+    let lock = |name: &str| short_lock(&storage, name, ms(2_000), ms(300));
+    for n in 0..6 {
+        drop(lock(&format!("slow-{n}")).lock("warm-up").unwrap());
+    }
+    table
+        .client()
+        .batch_execute(
+            &"CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(1.5); END IF; RETURN new; END $$;
+              CREATE TRIGGER slow BEFORE UPDATE ON $T FOR EACH ROW EXECUTE FUNCTION $T_slow()"
+                .replace("$T", &table.name),
+        )
+        .unwrap();
+    let keep = lock("keep").lock("worker").unwrap();
+    thread::scope(|scope| {
+        for n in 0..6 {
+            let slow = lock(&format!("slow-{n}"));
+            scope.spawn(move || slow.try_lock("slow").map(drop));
+        }
+        let end = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < end {
+            assert!(keep.is_held(), "a refresh waited behind acquires");
+            thread::sleep(ms(5));
+        }
+        takes_at_most(ms(1_000), "unlock", || keep.unlock().unwrap());
+    });
+    drop(storage);
+    table.client().batch_execute(&"DROP FUNCTION $T_slow CASCADE".replace("$T", &table.name)).unwrap();
+}
