@@ -118,6 +118,8 @@ set -m
 (
   trap '' INT TERM HUP
   read -r _ <"$folder/alive" || true
+  # A server that somebody stopped (SIGSTOP) would not hear of its end.
+  if [ -r "$own/data/postmaster.pid" ]; then kill -s CONT "$(head -n 1 "$own/data/postmaster.pid")" || true; fi
   "$folder/ctl" stop -m immediate || true
   rm -rf "$folder"
 ) >/dev/null 2>&1 </dev/null &

@@ -95,21 +95,21 @@ fn one_connection_is_kept_for_refreshes_and_releases() {
     let table = Table::new();
     let storage = storage_lock::PostgresStorage::new(table.options().max_connections(2)).unwrap();
     let lock = |name: &str| short_lock(&storage, name, ms(2_000), ms(300));
-    for n in 0..6 {
+    for n in 0..3 {
         drop(lock(&format!("slow-{n}")).lock("warm-up").unwrap());
     }
     table
         .client()
         .batch_execute(
             &"CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(1.5); END IF; RETURN new; END $$;
+                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(2.5); END IF; RETURN new; END $$;
               CREATE TRIGGER slow BEFORE UPDATE ON $T FOR EACH ROW EXECUTE FUNCTION $T_slow()"
                 .replace("$T", &table.name),
         )
         .unwrap();
     let keep = lock("keep").lock("worker").unwrap();
     thread::scope(|scope| {
-        for n in 0..6 {
+        for n in 0..3 {
             let slow = lock(&format!("slow-{n}"));
             scope.spawn(move || slow.try_lock("slow").map(drop));
         }

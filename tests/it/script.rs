@@ -80,6 +80,18 @@ fn it_takes_its_server_away_however_it_ends() {
 }
 
 #[test]
+fn it_takes_a_server_away_that_was_stopped() {
+    let (mut child, folder) = start_sleeping();
+    let file = std::fs::read_to_string(Path::new(&folder).join("server/data/postmaster.pid")).unwrap();
+    let postmaster = Pid::from_raw(file.lines().next().unwrap().parse().unwrap());
+    kill(postmaster, Signal::SIGSTOP).unwrap();
+    killpg(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGKILL).unwrap();
+    child.wait().unwrap();
+    eventually("the folder is gone", || !Path::new(&folder).exists());
+    eventually("and so is the server", || kill(postmaster, None).is_err());
+}
+
+#[test]
 fn two_at_once_do_not_meet() {
     let (mut one, one_folder) = start_sleeping();
     let (mut other, other_folder) = start_sleeping();
