@@ -31,12 +31,13 @@ die() {
   exit 1
 }
 
-# Prints the folder that has initdb, pg_ctl and postgres; of several versions the highest.
+# Prints the first folder that has initdb, pg_ctl and postgres: on the PATH, where pg_config says, or the highest version
+# in the usual places.
 find_binaries() {
   local folder folders
   folders=$(
     {
-      if command -v initdb; then dirname "$(command -v initdb)"; fi
+      if command -v initdb >/dev/null; then dirname "$(command -v initdb)"; fi
       pg_config --bindir
       printf '%s\n' /usr/lib/postgresql/*/bin /usr/pgsql-*/bin | sort -rV
       printf '%s\n' /opt/homebrew/opt/postgresql*/bin /usr/local/opt/postgresql*/bin | sort -rV

@@ -11,7 +11,9 @@ use nix::unistd::Pid;
 use crate::support::{eventually, takes_at_most};
 
 fn script(command: &[&str]) -> Command {
-    let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/with-postgres.sh"));
+    // Started in the background by a shell, these tests ignore the interrupt, and so would the script.
+    let mut script = Command::new("env");
+    script.args(["--default-signal=INT", concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/with-postgres.sh")]);
     script.args(command).env_remove("STORAGE_LOCK_POSTGRESQL_DSN").stdout(Stdio::piped()).stdin(Stdio::null());
     script
 }
