@@ -30,7 +30,7 @@ fn four_processes_with_eight_threads_each_lose_no_addition() {
                 scope.spawn(move || {
                     // A process that leaves with a lock in its hand is followed by another one.
                     let mut child = start(process * 100);
-                    while child.next_line().as_deref() != Some("done") {
+                    while child.next_line(Duration::from_secs(600)).as_deref() != Some("done") {
                         child = start(process * 100);
                     }
                 })

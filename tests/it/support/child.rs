@@ -52,19 +52,19 @@ impl Process {
         Process { child, lines, stdin }
     }
 
-    /// The next line that the child said; none if it has ended.
+    /// The next line that the child says within `bound`; none if it has ended.
     #[track_caller]
-    pub fn next_line(&mut self) -> Option<String> {
-        match self.lines.recv_timeout(Duration::from_secs(60)) {
+    pub fn next_line(&mut self, bound: Duration) -> Option<String> {
+        match self.lines.recv_timeout(bound) {
             Ok(line) => Some(line),
             Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => panic!("the child said nothing for a minute"),
+            Err(RecvTimeoutError::Timeout) => panic!("the child said nothing for {bound:?}"),
         }
     }
 
     #[track_caller]
     pub fn expect_line(&mut self) -> String {
-        self.next_line().expect("the child said nothing more")
+        self.next_line(Duration::from_secs(60)).expect("the child said nothing more")
     }
 
     /// Lets the child go on after `wait_for_parent`.
