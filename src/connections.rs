@@ -97,14 +97,24 @@ impl Connections {
         loop {
             let patience = if under_way.len() == 1 { deadline.saturating_duration_since(Instant::now()) } else { LOOK };
             let mut still_under_way = Vec::new();
+            let mut open = None;
             for mut attempt in under_way {
+                if open.is_some() {
+                    // One is enough: the thread that opens it will close it.
+                    *attempt = Attempt::Failed;
+                    continue;
+                }
                 match attempt.wait(patience) {
-                    Ok(true) => return Ok(CheckedOut(attempt)),
+                    Ok(true) => open = Some(attempt),
                     Ok(false) => still_under_way.push(attempt),
                     // What became of the others says nothing about now.
                     Err((began, Some(error))) if began >= started => return Err(error),
                     Err(_) => {}
                 }
+            }
+            if let Some(open) = open {
+                still_under_way.iter_mut().for_each(|surplus| **surplus = Attempt::Failed);
+                return Ok(CheckedOut(open));
             }
             under_way = still_under_way;
             if under_way.is_empty() || deadline <= Instant::now() {

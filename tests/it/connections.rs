@@ -109,6 +109,40 @@ fn a_connection_that_went_silent_costs_neither_the_hold_nor_other_calls() {
     takes_at_most(ms(1_000), "unlock", || guard.unlock().unwrap());
 }
 
+/// An attempt to connect that was left behind, and the one beside it: one is enough.
+#[test]
+fn an_attempt_that_was_left_behind_is_no_further_connection() {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let storage = Table::of(&format!("{} application_name={}", proxy.dsn, table.name), &table.name).storage();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    drop(lock.lock("warm-up").unwrap());
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
+    thread::scope(|scope| {
+        // The connection that there is gets busy, and another one takes long to open.
+        let requests = proxy.requests();
+        let occupier = scope.spawn(|| lock.try_lock_for("occupier", ms(4_000)));
+        eventually("the connection is busy", || proxy.requests() > requests);
+        proxy.delay_answers(ms(300));
+        let before = proxy.connections();
+        lock.try_lock_for("late", Duration::ZERO).unwrap_err();
+        assert_eq!(proxy.connections(), before + 1, "an attempt is left behind");
+        storage.server_time().unwrap();
+        proxy.delay_answers(Duration::ZERO);
+        transaction.commit().unwrap();
+        occupier.join().unwrap().unwrap().expect("the lock was free").unlock().unwrap();
+    });
+    let open = || -> i64 {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
+        table.client().query_one(sql, &[&table.name]).unwrap().get(0)
+    };
+    // Whatever is still being opened is opened soon, and closed again.
+    thread::sleep(ms(1_500));
+    eventually("two connections for two calls at once", || open() <= 2);
+}
+
 /// Tasks whose callers gave up while one worker was busy.
 #[test]
 fn tasks_that_expired_in_the_queue_cost_no_connection() {

@@ -38,6 +38,26 @@ fn five_hundred_locks_are_held_for_three_leases_with_four_connections() {
 }
 
 #[test]
+fn a_burst_of_calls_opens_no_more_connections_than_allowed() {
+    let table = Table::new();
+    let mut client = table.client();
+    for round in 0..30 {
+        let name = format!("{}_{round}", table.name);
+        let dsn = format!("{} application_name={name}", table.dsn);
+        let storage =
+            storage_lock::PostgresStorage::new(Table::of(&dsn, &table.name).options().max_connections(4)).unwrap();
+        thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| assert!((0..10).all(|_| storage.server_time().is_ok())));
+            }
+        });
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
+        let connections: i64 = client.query_one(sql, &[&name]).unwrap().get(0);
+        assert!((1..=4).contains(&connections), "{connections} connections");
+    }
+}
+
+#[test]
 fn refreshes_are_not_starved_by_acquires() {
     let table = Table::new();
     for max_connections in [1, 2] {
