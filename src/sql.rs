@@ -16,8 +16,6 @@
 //! - A prepared statement does nothing unless it is told the backend that it runs in and its own name and table: a guard
 //!   against poolers, see [`crate::session`].
 
-use crate::options::PostgresStorageOptions;
-
 /// The columns, their types as `format_type` names them, and whether they are `NOT NULL`.
 pub(crate) const COLUMNS: [(&str, &str, bool); 7] = [
     ("lock_id", "text", true),
@@ -100,8 +98,8 @@ impl Prepared {
 }
 
 impl Sql {
-    pub(crate) fn new(options: &PostgresStorageOptions) -> Sql {
-        let table = format!("{}.{}", quote(&options.schema), quote(&options.table_name));
+    pub(crate) fn new(schema: &str, table_name: &str) -> Sql {
+        let table = format!("{}.{}", quote(schema), quote(table_name));
         let newest = format!("SELECT version FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1");
         let lease_from_now = |micros: &str| format!("clock_timestamp() + {micros}::bigint * interval '1 microsecond'");
         let information = "lock_id, owner_id, version, lock_begin_time, lease_expire_time, released_at, \
@@ -211,7 +209,7 @@ mod tests {
 
     #[test]
     fn only_the_clock_judges_leases() {
-        let sql = Sql::new(&PostgresStorageOptions::from_dsn(""));
+        let sql = Sql::new("public", "storage_lock");
         for text in [&sql.acquire.text, &sql.create, &sql.refresh.text, &sql.release.text, &sql.get, &sql.list] {
             let text = text.to_lowercase();
             for start_of_transaction in ["now(", "current_timestamp", "transaction_timestamp", "statement_timestamp"] {
@@ -222,8 +220,7 @@ mod tests {
 
     #[test]
     fn identifiers_are_quoted() {
-        let options = PostgresStorageOptions::from_dsn("").schema("My \"Schema\"").table_name("weird; 'name\\");
-        let sql = Sql::new(&options);
+        let sql = Sql::new("My \"Schema\"", "weird; 'name\\");
         assert_eq!(sql.table, r#""My ""Schema"""."weird; 'name\""#);
         assert!(sql.lock_creation.contains(r#"E'"My ""Schema"""."weird; ''name\\"'"#), "{}", sql.lock_creation);
     }

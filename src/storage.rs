@@ -72,7 +72,7 @@ impl PostgresStorage {
             })?;
         let storage = PostgresStorage {
             inner: Arc::new(Inner {
-                sql: Arc::new(Sql::new(&options)),
+                sql: Arc::new(Sql::new(&options.schema, &options.table_name)),
                 schema: options.schema,
                 table_name: options.table_name,
                 workers: Workers::new(connections, max_connections),

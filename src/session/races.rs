@@ -10,7 +10,6 @@ use std::thread;
 use postgres::{Config, NoTls};
 
 use super::*;
-use crate::options::PostgresStorageOptions;
 
 fn dsn() -> String {
     std::env::var("STORAGE_LOCK_POSTGRESQL_DSN")
@@ -25,7 +24,7 @@ struct Table {
 impl Table {
     fn new() -> Table {
         let name = format!("race_{}", Uuid::new_v4().simple());
-        let sql = Sql::new(&PostgresStorageOptions::from_dsn(&dsn()).table_name(name));
+        let sql = Sql::new("public", &name);
         client().batch_execute(&sql.create_table).unwrap();
         Table { sql }
     }
