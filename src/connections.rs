@@ -34,7 +34,8 @@ const REFUSED_OPTIONS: [SqlState; 3] =
 #[derive(Clone)]
 pub(crate) struct Connections {
     pool: Pool<Opener>,
-    opening_time: Duration,
+    /// For connections that don't belong into the pool.
+    opener: Opener,
 }
 
 /// A session that is checked out; it goes back into the pool, or is closed if it can't be used again.
@@ -51,7 +52,7 @@ impl Connections {
             opening_time,
             route: Arc::default(),
             under_way: Arc::default(),
-            stragglers: Mutex::default(),
+            stragglers: Arc::default(),
         };
         let pool = Pool::builder()
             .max_size(max_connections.saturating_add(stragglers::MAX as u32))
@@ -62,13 +63,31 @@ impl Connections {
             .idle_timeout(None)
             .max_lifetime(None)
             .error_handler(Box::new(NopErrorHandler))
-            .build_unchecked(opener);
-        Connections { pool, opening_time }
+            .build_unchecked(opener.clone());
+        // What is opened apart doesn't count with the pool's.
+        let opener = Opener { under_way: Arc::default(), stragglers: Arc::default(), max_connections: 1, ..opener };
+        Connections { pool, opener }
     }
 
     /// How long it may take at most to open a connection.
     pub(crate) fn opening_time(&self) -> Duration {
-        self.opening_time
+        self.opener.opening_time
+    }
+
+    /// A session beside the pool, made ready by `prepare`.
+    pub(crate) fn open_apart(
+        &self,
+        prepare: impl FnOnce(&mut Session) -> Result<(), postgres::Error> + Send + 'static,
+    ) -> Result<Box<Session>> {
+        let began = Instant::now();
+        let mut attempt = self.opener.attempt(prepare);
+        match attempt.wait(self.opening_time()) {
+            Err((_, Some(error))) => Err(error),
+            _ => match attempt {
+                Attempt::Open(session) => Ok(session),
+                _ => Err(opening_timed_out(began.elapsed())),
+            },
+        }
     }
 
     /// An open session, before `deadline`. An attempt that an earlier caller left behind may be stuck, so it is awaited
@@ -176,21 +195,19 @@ impl Attempt {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Opener {
     config: Config,
     max_connections: usize,
     opening_time: Duration,
     route: Arc<Route>,
     under_way: Arc<AtomicUsize>,
-    stragglers: Mutex<Stragglers>,
+    stragglers: Arc<Mutex<Stragglers>>,
 }
 
-impl ManageConnection for Opener {
-    type Connection = Attempt;
-    type Error = std::convert::Infallible;
-
-    fn connect(&self) -> Result<Attempt, Self::Error> {
+impl Opener {
+    /// Starts to open a session and to make it ready, on a thread of its own.
+    fn attempt(&self, prepare: impl FnOnce(&mut Session) -> Result<(), postgres::Error> + Send + 'static) -> Attempt {
         let began = Instant::now();
         let (sender, result) = mpsc::sync_channel(1);
         let under_way = UnderWay::new(&self.under_way);
@@ -198,16 +215,28 @@ impl ManageConnection for Opener {
         if self.stragglers.lock().unwrap_or_else(PoisonError::into_inner).may_add(stuck, began) {
             let (config, route, failed) = (self.config.clone(), Arc::clone(&self.route), sender.clone());
             let started = thread::Builder::new().name("lock-connect".to_owned()).spawn(move || {
-                let opened = open(&config, route).map_err(|source| Error::Connect { source });
+                let opened = open(&config, route).and_then(|mut session| {
+                    prepare(&mut session)?;
+                    Ok(session)
+                });
                 drop(under_way);
                 // If nobody waits any more, the session is closed here.
-                drop(sender.send(opened));
+                drop(sender.send(opened.map_err(|source| Error::Connect { source })));
             });
             if let Err(source) = started {
                 drop(failed.send(Err(Error::Thread { source })));
             }
         }
-        Ok(Attempt::UnderWay { result, began, give_up_at: began + self.opening_time })
+        Attempt::UnderWay { result, began, give_up_at: began + self.opening_time }
+    }
+}
+
+impl ManageConnection for Opener {
+    type Connection = Attempt;
+    type Error = std::convert::Infallible;
+
+    fn connect(&self) -> Result<Attempt, Self::Error> {
+        Ok(self.attempt(|_| Ok(())))
     }
 
     fn is_valid(&self, _: &mut Attempt) -> Result<(), Self::Error> {

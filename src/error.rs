@@ -88,6 +88,14 @@ impl Error {
         matches!(self, Error::LeaseLost { .. })
     }
 
+    /// The text with that of all causes, for a log.
+    pub(crate) fn chain(&self) -> String {
+        let first: &dyn std::error::Error = self;
+        let texts: Vec<String> =
+            std::iter::successors(Some(first), |error| error.source()).map(ToString::to_string).collect();
+        texts.join(": ")
+    }
+
     /// Whether the same call may succeed a little later: the connection, the load or the server's state is to blame.
     pub(crate) fn is_transient(&self) -> bool {
         match self {

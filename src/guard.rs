@@ -76,8 +76,8 @@ impl LockGuard {
         if !self.hold.leave() {
             return if self.hold.is_held() { Ok(()) } else { Err(self.hold.lost()) };
         }
-        self.storage.holds().remove(&self.hold);
         if !self.hold.is_held() {
+            self.storage.lines().end_hold(&self.hold, Instant::now());
             if !self.hold.state().is_gone {
                 // A refresh that is stuck may yet renew a lease that nobody wants any more.
                 self.storage.follow_up(Unfinished::new(self.hold.claim.clone(), Some(self.version()), Instant::now()));
@@ -96,8 +96,7 @@ impl Drop for LockGuard {
             return;
         }
         if let Err(error) = self.leave() {
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-            log::warn!(target: "storage_lock", "a guard was dropped: {error}{cause}");
+            log::warn!(target: "storage_lock", "a guard was dropped: {}", error.chain());
         }
     }
 }

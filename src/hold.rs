@@ -1,12 +1,11 @@
-//! One hold of a lock, as its guards, its refresh thread and its calls in flight share it; and the holds of a storage.
+//! One hold of a lock, as its guards, its refresh thread and its calls in flight share it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::session::Claim;
+use crate::session::{Claim, Granted};
 use crate::term::Term;
 use crate::workers::lock;
 
@@ -17,6 +16,8 @@ pub(crate) struct Hold {
     pub(crate) refresh_interval: Duration,
     /// Where the lock was taken: this thread may take it again.
     thread: ThreadId,
+    /// Since when the lock has been this process's, by this hold and those that handed it on.
+    pub(crate) turn_began: Instant,
     state: Mutex<HoldState>,
     /// Something changed that the refresh thread waits for.
     pub(crate) changed: Condvar,
@@ -28,18 +29,29 @@ pub(crate) struct HoldState {
     pub(crate) guards: usize,
     /// The database said that the hold is not there any more.
     pub(crate) is_gone: bool,
+    /// Other processes wait for the lock, as far as is known.
+    pub(crate) is_wanted: bool,
     /// What came of the refresh of this number.
     pub(crate) answer: Option<(u64, Result<()>)>,
 }
 
 impl Hold {
-    pub(crate) fn new(claim: Claim, version: i64, term: Term, refresh_interval: Duration) -> Hold {
-        let state = HoldState { term, guards: 1, is_gone: false, answer: None };
+    /// A hold for `thread` that was just granted, in a turn of this process that began at `turn_began`.
+    pub(crate) fn new(
+        claim: Claim,
+        granted: Granted,
+        refresh_interval: Duration,
+        thread: ThreadId,
+        turn_began: Instant,
+    ) -> Hold {
+        let term = Term::new(granted.sent, granted.left, claim.lease);
+        let state = HoldState { term, guards: 1, is_gone: false, is_wanted: granted.is_wanted, answer: None };
         Hold {
             claim,
-            version,
+            version: granted.version,
             refresh_interval,
-            thread: thread::current().id(),
+            thread,
+            turn_began,
             state: Mutex::new(state),
             changed: Condvar::new(),
         }
@@ -58,7 +70,7 @@ impl Hold {
     }
 
     /// Adds a guard, if the same owner asks on the same thread and the hold is good.
-    fn enter_again(&self, owner_id: &str) -> bool {
+    pub(crate) fn enter_again(&self, owner_id: &str) -> bool {
         if self.claim.owner_id != owner_id || self.thread != thread::current().id() {
             return false;
         }
@@ -75,14 +87,17 @@ impl Hold {
     }
 
     /// A refresh that was sent at `sent` has been answered.
-    pub(crate) fn refreshed(&self, number: u64, sent: Instant, result: Result<bool>) {
+    pub(crate) fn refreshed(&self, number: u64, sent: Instant, result: Result<Option<bool>>) {
         let mut state = self.state();
         let now = Instant::now();
         match &result {
-            Ok(true) => state.term.extend(now, sent),
+            Ok(Some(is_wanted)) => {
+                state.term.extend(now, sent);
+                state.is_wanted = *is_wanted;
+            }
             // Released meanwhile: no loss.
-            Ok(false) if state.guards == 0 => return,
-            Ok(false) => {
+            Ok(None) if state.guards == 0 => return,
+            Ok(None) => {
                 state.term.lose();
                 state.is_gone = true;
             }
@@ -108,28 +123,6 @@ impl Hold {
             lock_id: self.claim.lock_id.clone(),
             owner_id: self.claim.owner_id.clone(),
             version: self.version,
-        }
-    }
-}
-
-/// The holds of one storage in this process, by lock id: a lock has one at most, and maybe others that are lost.
-#[derive(Default)]
-pub(crate) struct Holds(Mutex<HashMap<String, Arc<Hold>>>);
-
-impl Holds {
-    pub(crate) fn enter_again(&self, lock_id: &str, owner_id: &str) -> Option<Arc<Hold>> {
-        lock(&self.0).get(lock_id).filter(|hold| hold.enter_again(owner_id)).cloned()
-    }
-
-    pub(crate) fn insert(&self, hold: &Arc<Hold>) {
-        lock(&self.0).insert(hold.claim.lock_id.clone(), Arc::clone(hold));
-    }
-
-    pub(crate) fn remove(&self, hold: &Arc<Hold>) {
-        let mut holds = lock(&self.0);
-        // A lost hold may have been followed by another one.
-        if holds.get(&hold.claim.lock_id).is_some_and(|newest| Arc::ptr_eq(newest, hold)) {
-            holds.remove(&hold.claim.lock_id);
         }
     }
 }

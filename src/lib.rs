@@ -85,6 +85,8 @@ mod error;
 mod follow_up;
 mod guard;
 mod hold;
+mod line;
+mod listener;
 mod lock;
 mod options;
 mod refresh;

@@ -5,16 +5,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use uuid::Uuid;
-
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guard::LockGuard;
 use crate::hold::Hold;
+use crate::line::{self, Place, Turn};
 use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::session::{Claim, LockInformation};
 use crate::storage::{Attempt, PostgresStorage};
-use crate::term::Term;
 use crate::wait::Patience;
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.
@@ -113,63 +111,101 @@ impl StorageLock {
 
     fn acquire(&self, owner_id: &str, patience: Patience) -> Result<Option<LockGuard>> {
         check_id("owner_id", owner_id)?;
-        if let Some(hold) = self.storage.holds().enter_again(&self.options.lock_id, owner_id) {
+        if let Some(hold) = self.storage.lines().enter_again(&self.options.lock_id, owner_id) {
             return Ok(Some(LockGuard::new(self.storage.clone(), hold)));
         }
-        let mut rounds = 0;
-        let mut unreachable_since = None;
+        if patience.is_over(Instant::now()) {
+            return self.acquire_at_once(owner_id, &patience);
+        }
+        let mut waiting = self.join(owner_id);
         loop {
-            let started = Instant::now();
-            // A lease id of its own for each attempt: what came of one without an answer is undone behind our back.
-            let claim = self.claim(owner_id);
-            let deadline = patience.attempt_deadline(started, self.storage.longest_call());
-            let left = match self.storage.acquire(&claim, self.options.version_miss_retry_times, deadline) {
-                Ok(Attempt::Taken { version, term }) => return self.hold(claim, version, term).map(Some),
-                Ok(Attempt::Busy { left }) => {
-                    unreachable_since = None;
-                    if patience.is_over(Instant::now()) {
-                        return Ok(None);
+            match waiting.place.turn(&patience) {
+                Turn::Handed(hold) => {
+                    waiting.has_hold = true;
+                    let guard = self.guard(hold)?;
+                    if guard.is_held() {
+                        return Ok(Some(guard));
                     }
-                    left
+                    // This thread was stopped for longer than the lease.
+                    drop(guard);
+                    waiting = self.join(owner_id);
                 }
-                Err(error) => {
-                    let since = *unreachable_since.get_or_insert(started);
-                    let is_hopeless = match patience {
-                        Patience::Forever => since.elapsed() >= self.options.lease_expire_after,
-                        _ => patience.is_over(Instant::now()),
-                    };
-                    if rounds == 0 || is_hopeless || !error.is_transient() {
-                        return Err(error);
+                Turn::Over(None) => return Ok(None),
+                Turn::Over(Some(after)) => {
+                    let action = format!("acquire lock {:?}", self.options.lock_id);
+                    return Err(Error::Timeout { action, waiting_for: "an answer", after });
+                }
+                Turn::Ask => {
+                    let asked = Instant::now();
+                    let claim = waiting.place.waiter().claim();
+                    match self.attempt(&claim, true, &patience) {
+                        Ok(Attempt::Taken(granted)) => {
+                            let hold = waiting.place.waiter().hold(claim, granted, None);
+                            waiting.place.took(&hold);
+                            return self.guard(hold).map(Some);
+                        }
+                        Ok(Attempt::Busy { left, is_queued }) => {
+                            waiting.place.busy(left, is_queued, self.storage.listens(), &patience);
+                            self.storage.listen();
+                        }
+                        Err(error) => waiting.place.failed(error, asked, &patience)?,
                     }
-                    log::debug!(target: "storage_lock", "waiting for lock {:?} goes on: {error}", claim.lock_id);
-                    None
                 }
-            };
-            thread::sleep(patience.pause(Instant::now(), rounds, left));
-            rounds = rounds.saturating_add(1);
+            }
         }
     }
 
-    fn claim(&self, owner_id: &str) -> Claim {
-        Claim {
-            lock_id: self.options.lock_id.clone(),
-            owner_id: owner_id.to_owned(),
-            lease_id: Uuid::new_v4(),
-            lease: self.options.lease_expire_after,
+    fn join(&self, owner_id: &str) -> Waiting<'_> {
+        let place = self.storage.lines().join(&self.options, owner_id);
+        Waiting { storage: &self.storage, place, has_hold: false }
+    }
+
+    /// Without waiting, and so without standing in line.
+    fn acquire_at_once(&self, owner_id: &str, patience: &Patience) -> Result<Option<LockGuard>> {
+        let claim = line::claim(&self.options, owner_id);
+        match self.attempt(&claim, false, patience)? {
+            Attempt::Taken(granted) => {
+                let (interval, began) = (self.options.refresh_interval(), granted.sent);
+                let hold = Arc::new(Hold::new(claim, granted, interval, thread::current().id(), began));
+                self.storage.lines().begin_hold(&hold);
+                self.guard(hold).map(Some)
+            }
+            Attempt::Busy { .. } => Ok(None),
         }
     }
 
-    fn hold(&self, claim: Claim, version: i64, term: Term) -> Result<LockGuard> {
-        let hold = Arc::new(Hold::new(claim, version, term, self.options.refresh_interval()));
-        self.storage.holds().insert(&hold);
+    fn attempt(&self, claim: &Claim, waits: bool, patience: &Patience) -> Result<Attempt> {
+        let deadline = patience.attempt_deadline(Instant::now(), self.storage.longest_call());
+        self.storage.acquire(claim, waits, self.options.version_miss_retry_times, deadline)
+    }
+
+    fn guard(&self, hold: Arc<Hold>) -> Result<LockGuard> {
         let guard = LockGuard::new(self.storage.clone(), Arc::clone(&hold));
         // Without a refresh thread there is no hold: the guard is dropped here.
         refresh::start(&self.storage, &hold)?;
-        log::debug!(
-            target: "storage_lock",
-            "{:?} acquired lock {:?} as version {version}", guard.owner_id(), guard.lock_id()
-        );
+        let (owner_id, lock_id, version) = (guard.owner_id(), guard.lock_id(), guard.version());
+        log::debug!(target: "storage_lock", "{owner_id:?} acquired lock {lock_id:?} as version {version}");
         Ok(guard)
+    }
+}
+
+/// A thread that waits. When it ends, however it does, nothing of it stays behind: no hold, and no place in a line.
+struct Waiting<'a> {
+    storage: &'a PostgresStorage,
+    place: Place<'a>,
+    /// The hold that was handed to it is in a guard's care.
+    has_hold: bool,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let left = self.place.leave(self.has_hold);
+        if let Some(hold) = left.hold {
+            drop(LockGuard::new(self.storage.clone(), hold));
+        }
+        if left.is_queued {
+            self.storage.withdraw(self.place.lock_id());
+        }
     }
 }
 

@@ -23,9 +23,24 @@ pub(crate) fn start(storage: &PostgresStorage, hold: &Arc<Hold>) -> Result<()> {
     thread::Builder::new()
         .name("lock-refresh".to_owned())
         .stack_size(STACK_BYTES)
-        .spawn(move || run(&storage, &hold))
+        .spawn(move || {
+            let ended = EndedByPanic(&storage, &hold);
+            run(&storage, &hold);
+            drop(ended);
+        })
         .map_err(|source| Error::Thread { source })?;
     Ok(())
+}
+
+/// Whoever waits in this process would else wait for a thread that is no more.
+struct EndedByPanic<'a>(&'a PostgresStorage, &'a Arc<Hold>);
+
+impl Drop for EndedByPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.lines().end_hold(self.1, Instant::now());
+        }
+    }
 }
 
 /// What the thread waits for next.
@@ -49,6 +64,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             // For good: an answer that comes now finds the deadline passed.
             state.term.lose();
             drop(state);
+            storage.lines().end_hold(hold, now);
             log::warn!(target: "storage_lock", "{}", hold.lost());
             return;
         }
@@ -90,8 +106,8 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
         if let Some((error, pause)) = failed {
             next = Next::Refresh(now + pause);
             let (lock_id, version) = (&hold.claim.lock_id, hold.version);
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-            log::warn!(target: "storage_lock", "lock {lock_id:?} (version {version}): {error}{cause}; trying again");
+            let why = error.chain();
+            log::warn!(target: "storage_lock", "lock {lock_id:?} (version {version}): {why}; trying again");
         }
         state = hold.state();
     }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use postgres::error::SqlState;
+use postgres::fallible_iterator::FallibleIterator;
 use postgres::types::{ToSql, Type};
 use postgres::{Client, IsolationLevel, Row, Statement};
 use uuid::Uuid;
@@ -54,14 +55,26 @@ pub(crate) struct Claim {
     pub(crate) lease: Duration,
 }
 
+/// A hold, as the database gave it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Granted {
+    pub(crate) version: i64,
+    /// When the request was sent.
+    pub(crate) sent: Instant,
+    /// What the lease had left when it was answered.
+    pub(crate) left: Duration,
+    /// Other processes wait for it.
+    pub(crate) is_wanted: bool,
+}
+
 /// What the database said to an acquire.
 #[derive(Debug)]
 pub(crate) enum Acquired {
-    /// Ours. The request was sent at `sent`; when it was answered the lease had `left` to go. The owner before is named if
-    /// its lease had run out without a release.
-    Taken { version: i64, sent: Instant, left: Duration, taken_over_from: Option<String> },
-    /// Another's, for `left` to go unless it is refreshed or released.
-    Busy { version: i64, owner_id: String, left: Duration },
+    /// Ours. The owner before is named if its lease had run out without a release.
+    Taken { granted: Granted, taken_over_from: Option<String> },
+    /// Another's, for `left` to go unless it is refreshed or released; or free, and promised to another process for `left`. Of a
+    /// waiter, whether it stands in line now: it doesn't where the line is full.
+    Busy { version: i64, owner_id: String, left: Duration, is_promised: bool, is_queued: bool },
     /// Free, but it changed hands, was locked, or couldn't be serialised while the statement ran.
     Missed,
     /// No such lock id has ever been held.
@@ -86,6 +99,9 @@ pub struct LockInformation {
     pub released_at: Option<SystemTime>,
     /// Whether the hold was neither released nor expired when the row was read, by the database's clock.
     pub is_held: bool,
+    /// How many processes wait for the lock and listen for its release. One that ended without leaving the line counts until the
+    /// lock was released to it.
+    pub waiters: usize,
 }
 
 /// What is in the place of our table.
@@ -137,14 +153,29 @@ impl Session {
             && !self.client.is_closed()
     }
 
+    /// Whether the backend is this session's alone: only then can it listen.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.backend.is_some()
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+
+    /// Goes up when any connection of the storage breaks.
+    pub(crate) fn route_generation(&self) -> u64 {
+        self.route.generation.load(Ordering::Relaxed)
+    }
+
     /// Not to be used again, and neither are the connections that were opened before now.
     pub(crate) fn mark_broken(&mut self) {
         self.is_broken = true;
         self.route.generation.fetch_max(self.generation + 1, Ordering::Relaxed);
     }
 
-    /// One attempt, one statement.
-    pub(crate) fn acquire(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
+    /// One attempt, one statement. A waiter keeps to the line, and stands in it afterwards if the lock is busy; without
+    /// one, a lock that is free is taken also if it was promised to somebody.
+    pub(crate) fn acquire(&mut self, sql: &Sql, claim: &Claim, waiter: Option<Uuid>) -> Result<Acquired, Fault> {
         let (micros, place) = (micros(claim.lease), self.place(&sql.acquire));
         let sent = Instant::now();
         let row = self.run(
@@ -155,6 +186,7 @@ impl Session {
                 (&claim.lease_id, Type::UUID),
                 (&micros, Type::INT8),
                 (&place, Type::TEXT),
+                (&waiter, Type::UUID),
             ],
         );
         let row = match row {
@@ -162,20 +194,29 @@ impl Session {
             row => row?,
         };
         let Some(newest) = row.try_get::<_, Option<i64>>(2)? else { return Ok(Acquired::Absent) };
-        let expires: SystemTime = row.try_get(6)?;
-        let left = expires.duration_since(row.try_get(7)?).unwrap_or_default();
+        let left = left(&row, 6, 7)?;
         let (is_mine, is_released): (bool, bool) = (row.try_get(4)?, row.try_get(5)?);
+        let (is_wanted, is_queued): (bool, Option<bool>) = (row.try_get(8)?, row.try_get(9)?);
         let owner_id: String = row.try_get(3)?;
         Ok(match row.try_get::<_, Option<i64>>(1)? {
             _ if left.is_zero() => Acquired::Missed,
-            Some(version) => {
-                let taken_over_from = if is_released { None } else { Some(owner_id) };
-                Acquired::Taken { version, sent, left, taken_over_from }
-            }
-            None if is_released => Acquired::Missed,
+            Some(version) => Acquired::Taken {
+                granted: Granted { version, sent, left, is_wanted },
+                taken_over_from: if is_released { None } else { Some(owner_id) },
+            },
             // The answer to an earlier copy of this statement was lost: the row is our own.
-            None if is_mine => Acquired::Taken { version: newest, sent, left, taken_over_from: None },
-            None => Acquired::Busy { version: newest, owner_id, left },
+            None if is_mine && !is_released => {
+                Acquired::Taken { granted: Granted { version: newest, sent, left, is_wanted }, taken_over_from: None }
+            }
+            // It became free while the statement ran.
+            None if is_queued == Some(false) || (is_released && is_queued.is_none()) => Acquired::Missed,
+            None => Acquired::Busy {
+                version: newest,
+                owner_id,
+                left,
+                is_promised: is_released,
+                is_queued: is_queued == Some(true),
+            },
         })
     }
 
@@ -203,15 +244,13 @@ impl Session {
             ],
         )?;
         let Some(row) = rows.first() else { return Ok(Acquired::Missed) };
-        let expires: SystemTime = row.try_get(1)?;
-        let left = expires.duration_since(row.try_get(2)?).unwrap_or_default();
-        let version = row.try_get(0)?;
+        let granted = Granted { version: row.try_get(0)?, sent, left: left(row, 1, 2)?, is_wanted: false };
         transaction.commit()?;
-        Ok(Acquired::Taken { version, sent, left, taken_over_from: None })
+        Ok(Acquired::Taken { granted, taken_over_from: None })
     }
 
-    /// Renews the lease to its full length; false if the hold is not there any more.
-    pub(crate) fn refresh(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<bool, Fault> {
+    /// Renews the lease to its full length and says whether other processes wait; none if the hold is not there any more.
+    pub(crate) fn refresh(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<Option<bool>, Fault> {
         let (micros, place) = (micros(claim.lease), self.place(&sql.refresh));
         let row = self.run(
             &sql.refresh,
@@ -223,11 +262,19 @@ impl Session {
                 (&place, Type::TEXT),
             ],
         )?;
-        Ok(row.try_get(1)?)
+        Ok(if row.try_get(1)? { Some(row.try_get(2)?) } else { None })
     }
 
-    /// Ends the hold of this claim; false if it had been lost, or (with no version) had never come to be.
-    pub(crate) fn release(&mut self, sql: &Sql, claim: &Claim, version: Option<i64>) -> Result<bool, Fault> {
+    /// Ends the hold of this claim, tells those who wait, and says how many were told; none if the hold had been lost, or
+    /// (with no version) had never come to be. This process, as `waiter`, stands behind them afterwards or not at all.
+    pub(crate) fn release(
+        &mut self,
+        sql: &Sql,
+        claim: &Claim,
+        version: Option<i64>,
+        waiter: Option<Uuid>,
+        waits_again: bool,
+    ) -> Result<Option<u32>, Fault> {
         let place = self.place(&sql.release);
         let row = self.run(
             &sql.release,
@@ -236,9 +283,66 @@ impl Session {
                 (&version, Type::INT8),
                 (&claim.lease_id, Type::UUID),
                 (&place, Type::TEXT),
+                (&waiter, Type::UUID),
+                (&waits_again, Type::BOOL),
             ],
         )?;
+        let told: i64 = row.try_get(2)?;
+        Ok(if row.try_get(1)? { Some(u32::try_from(told).unwrap_or(u32::MAX)) } else { None })
+    }
+
+    /// Ends the hold of a claim and begins that of the next one; none if the hold was lost, or somebody's transaction has
+    /// locked the row.
+    pub(crate) fn hand_over(
+        &mut self,
+        sql: &Sql,
+        claim: &Claim,
+        version: i64,
+        next: &Claim,
+    ) -> Result<Option<Granted>, Fault> {
+        let (micros, place) = (micros(next.lease), self.place(&sql.hand_over));
+        let sent = Instant::now();
+        let row = self.run(
+            &sql.hand_over,
+            &[
+                (&claim.lock_id, Type::TEXT),
+                (&version, Type::INT8),
+                (&claim.lease_id, Type::UUID),
+                (&next.owner_id, Type::TEXT),
+                (&next.lease_id, Type::UUID),
+                (&micros, Type::INT8),
+                (&place, Type::TEXT),
+            ],
+        );
+        let row = match row {
+            Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(None),
+            row => row?,
+        };
+        let Some(version) = row.try_get(1)? else { return Ok(None) };
+        Ok(Some(Granted { version, sent, left: left(&row, 2, 3)?, is_wanted: row.try_get(4)? }))
+    }
+
+    /// Takes a waiter out of the line; false if the lock changed hands meanwhile, and it has to be repeated.
+    pub(crate) fn withdraw(&mut self, sql: &Sql, lock_id: &str, waiter: Uuid) -> Result<bool, Fault> {
+        let place = self.place(&sql.withdraw);
+        let row = self.run(&sql.withdraw, &[(&lock_id, Type::TEXT), (&waiter, Type::UUID), (&place, Type::TEXT)])?;
         Ok(row.try_get(1)?)
+    }
+
+    /// From now on notifications for this waiter come to this session.
+    pub(crate) fn listen(&mut self, waiter: Uuid) -> Result<(), postgres::Error> {
+        self.client.batch_execute(&format!("LISTEN \"{}\"", sql::channel(waiter)))
+    }
+
+    /// The next notification's payload, if one comes within `patience`.
+    pub(crate) fn notification(&mut self, patience: Duration) -> Result<Option<String>, postgres::Error> {
+        let mut notifications = self.client.notifications();
+        Ok(notifications.timeout_iter(patience).next()?.map(|notification| notification.payload().to_owned()))
+    }
+
+    /// Whether the server answers within `patience`.
+    pub(crate) fn is_alive(&mut self, patience: Duration) -> bool {
+        self.client.is_valid(patience).is_ok()
     }
 
     pub(crate) fn get(&mut self, sql: &Sql, lock_id: &str) -> Result<Option<LockInformation>, Fault> {
@@ -359,7 +463,13 @@ fn information(row: &Row) -> Result<LockInformation, postgres::Error> {
         lease_expire_time: row.try_get(4)?,
         released_at: row.try_get(5)?,
         is_held: row.try_get(6)?,
+        waiters: usize::try_from(row.try_get::<_, i32>(7)?).unwrap_or_default(),
     })
+}
+
+/// How long it is from the time in column `now` to the one in column `end`.
+fn left(row: &Row, end: usize, now: usize) -> Result<Duration, postgres::Error> {
+    Ok(row.try_get::<_, SystemTime>(end)?.duration_since(row.try_get(now)?).unwrap_or_default())
 }
 
 fn micros(duration: Duration) -> i64 {

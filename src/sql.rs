@@ -10,14 +10,35 @@
 //!   of an acquire of 450 µs. When busy, nothing is written.
 //! - **Refresh** and **release** name the row by lock, version and lease, touch no key column, and are idempotent: a
 //!   repeated release keeps the first one's time, so that a lost answer isn't taken for a lost lease.
+//! - **Waiting** processes stand in the row too, in `waiters`, in the order in which they came: by the random id of their storage, which also
+//!   names the channel on which they listen. A busy acquire of a process that listens puts it there, and only then a
+//!   release notifies: registration and release update the same row, so that one of them sees the other. A released lock is promised to
+//!   the first of them for [`GRACE`]; meanwhile no other process that listens takes it, so that who comes back
+//!   sooner than a notification travels doesn't starve the others. Whoever was told that it is the first leaves the row with the next
+//!   acquire, its own or another's: if it is alive it asks, and stands in line again. So a dead
+//!   process costs the others one [`GRACE`], once.
+//! - **Hand-over** is a release and the next acquire in one statement, for two threads of one process.
 //! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
 //! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
 //!   off. A release may be lost in a crash: then the lease runs out. It commits without waiting for the disk.
 //! - A prepared statement does nothing unless it is told the backend that it runs in and its own name and table: a guard
 //!   against poolers, see [`crate::session`].
 
+use std::time::Duration;
+
+use uuid::Uuid;
+
+/// What the names of our channels begin with; the waiter's id follows.
+const CHANNEL: &str = "storage_lock_";
+/// How long a released lock is kept for the first of the waiting processes.
+pub(crate) const GRACE: Duration = Duration::from_millis(100);
+/// How many waiting processes a release tells of it: the first, and those who look whether it came.
+const TOLD: u32 = 8;
+/// How many processes may stand in a row. Others ask from time to time.
+const MAX_WAITERS: u32 = 1_000;
+
 /// The columns, their types as `format_type` names them, and whether they are `NOT NULL`.
-pub(crate) const COLUMNS: [(&str, &str, bool); 7] = [
+pub(crate) const COLUMNS: [(&str, &str, bool); 8] = [
     ("lock_id", "text", true),
     ("version", "bigint", true),
     ("owner_id", "text", true),
@@ -25,11 +46,15 @@ pub(crate) const COLUMNS: [(&str, &str, bool); 7] = [
     ("lock_begin_time", "timestamp with time zone", true),
     ("lease_expire_time", "timestamp with time zone", true),
     ("released_at", "timestamp with time zone", false),
+    ("waiters", "uuid[]", false),
 ];
 
 /// Makes a commit durable whatever the role's default is, and leaves `local`, `remote_write` and `remote_apply` alone.
 const DURABLE: &str = "(current_setting('synchronous_commit') <> 'off' \
                        OR set_config('synchronous_commit', 'on', true) IS NOT NULL)";
+
+/// Makes a commit return before it is on the disk.
+const NOT_DURABLE: &str = "set_config('synchronous_commit', 'off', true) IS NOT NULL";
 
 /// What to send as start-up options, so that a session does what the lock needs whatever the role's defaults are:
 /// index scans also while the table is small (a plan is kept while the table grows), no planning and no JIT
@@ -76,6 +101,8 @@ pub(crate) struct Sql {
     pub(crate) create: String,
     pub(crate) refresh: Prepared,
     pub(crate) release: Prepared,
+    pub(crate) hand_over: Prepared,
+    pub(crate) withdraw: Prepared,
     pub(crate) get: String,
     pub(crate) list: String,
 }
@@ -103,7 +130,22 @@ impl Sql {
         let newest = format!("SELECT version FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1");
         let lease_from_now = |micros: &str| format!("clock_timestamp() + {micros}::bigint * interval '1 microsecond'");
         let information = "lock_id, owner_id, version, lock_begin_time, lease_expire_time, released_at, \
-                           released_at IS NULL AND lease_expire_time > clock_timestamp() AS is_held";
+                           released_at IS NULL AND lease_expire_time > clock_timestamp() AS is_held, \
+                           coalesce(cardinality(waiters), 0) AS waiters";
+        let grace = format!("interval '{} milliseconds'", GRACE.as_millis());
+        // For the process $6, or for one that doesn't stand in line.
+        let is_free = format!(
+            "(lease_expire_time <= clock_timestamp()
+           OR released_at IS NOT NULL
+              AND (waiters IS NULL OR $6 IS NULL OR waiters[1] = $6 OR released_at + {grace} <= clock_timestamp()))"
+        );
+        // Tells the first of the waiters in the rows of a CTE, each on its channel, at which place it stands.
+        let tell = |rows: &str| {
+            format!(
+                "(SELECT count(pg_notify('{CHANNEL}' || waiter, place || ' ' || $1))
+        FROM {rows}, unnest(waiters[1:{TOLD}]) WITH ORDINALITY AS told (waiter, place))"
+            )
+        };
         Sql {
             create_table: format!(
                 "CREATE TABLE {table} (\n    \
@@ -114,32 +156,46 @@ impl Sql {
                      lock_begin_time   timestamptz      NOT NULL,\n    \
                      lease_expire_time timestamptz      NOT NULL,\n    \
                      released_at       timestamptz,\n    \
+                     waiters           uuid[],\n    \
                      PRIMARY KEY (lock_id, version)\n\
                  ) WITH (fillfactor = 70)"
             ),
-            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 place.
-            // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version.
+            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 place, $6 waiter or NULL.
+            // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version; `queued`
+            // puts the waiter into the line if it can't.
             // A lease id takes a lock once: a copy of this statement that the network delivered late, after its
             // repetition was served and released, must not take the lock for nobody.
             acquire: Prepared::new("acquire", &table, "$5", |here| {
                 format!(
                     "WITH cur AS MATERIALIZED (
-    SELECT version, owner_id, lease_id, lease_expire_time, released_at FROM {table}
+    SELECT version, owner_id, lease_id, lease_expire_time, released_at, waiters FROM {table}
     WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
 ), free AS MATERIALIZED (
     SELECT version FROM {table}
-    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3
-      AND (released_at IS NOT NULL OR lease_expire_time <= clock_timestamp()) AND {DURABLE}
+    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3 AND {is_free} AND {DURABLE}
     FOR UPDATE SKIP LOCKED
 ), taken AS (
     UPDATE {table} AS lock
     SET version = lock.version + 1, owner_id = $2, lease_id = $3, lock_begin_time = clock_timestamp(),
-        lease_expire_time = {lease}, released_at = NULL
+        lease_expire_time = {lease}, released_at = NULL,
+        waiters = nullif(array_remove(CASE WHEN lock.released_at IS NULL THEN lock.waiters ELSE lock.waiters[2:] END, $6), '{{}}')
     WHERE lock_id = $1 AND version = (SELECT version FROM free)
-    RETURNING version, lease_expire_time
+    RETURNING version, lease_expire_time, waiters
+), queued AS (
+    UPDATE {table} SET waiters = array_append(waiters, $6)
+    WHERE $6 IS NOT NULL AND NOT EXISTS (SELECT FROM free)
+      AND lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3 AND NOT {is_free}
+      AND NOT coalesce($6 = ANY (waiters), false) AND coalesce(cardinality(waiters), 0) < {MAX_WAITERS} AND {NOT_DURABLE}
+    RETURNING 1
 )
 SELECT {here}, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
-       coalesce(taken.lease_expire_time, cur.lease_expire_time), clock_timestamp()
+       CASE WHEN taken.version IS NOT NULL THEN taken.lease_expire_time
+            WHEN cur.released_at IS NULL THEN cur.lease_expire_time
+            ELSE least(cur.released_at + {grace}, cur.lease_expire_time) END,
+       clock_timestamp(), taken.waiters IS NOT NULL,
+       CASE WHEN $6 IS NOT NULL AND coalesce(cardinality(cur.waiters), 0) < {MAX_WAITERS}
+            THEN EXISTS (SELECT FROM queued)
+                 OR coalesce($6 = ANY (cur.waiters) AND (cur.released_at IS NULL OR cur.waiters[1] <> $6), false) END
 FROM (VALUES (1)) AS one LEFT JOIN cur ON true LEFT JOIN taken ON true",
                     lease = lease_from_now("$4"),
                 )
@@ -165,22 +221,66 @@ RETURNING version, lease_expire_time, clock_timestamp()",
     UPDATE {table} SET lease_expire_time = {lease}
     WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
       AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
-    RETURNING 1
+    RETURNING waiters
 )
-SELECT {here}, EXISTS (SELECT FROM refreshed)",
+SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHERE waiters IS NOT NULL)",
                     lease = lease_from_now("$4"),
                 )
             }),
-            // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place.
+            // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place, $5 this process as a waiter or NULL, $6
+            // whether it goes on waiting, which puts it behind those who wait; with nobody before it, it has no need to.
             release: Prepared::new("release", &table, "$4", |here| {
                 format!(
                     "WITH released AS (
-    UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp())
-    WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3
-      AND {here} AND set_config('synchronous_commit', 'off', true) IS NOT NULL
-    RETURNING 1
+    UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp()),
+        waiters = CASE WHEN waiters IS NULL OR waiters = ARRAY[$5::uuid] THEN NULL
+                       WHEN $6 THEN array_append(array_remove(waiters, $5), $5)
+                       ELSE array_remove(waiters, $5) END
+    WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3 AND {here} AND {NOT_DURABLE}
+    RETURNING waiters
 )
-SELECT {here}, EXISTS (SELECT FROM released)",
+SELECT {here}, EXISTS (SELECT FROM released), {told}",
+                    told = tell("released"),
+                )
+            }),
+            // $1 lock, $2 version, $3 lease id, $4 the next owner, $5 its lease id, $6 its lease in microseconds, $7 place.
+            // `own` skips a row that somebody's transaction has locked: that is for a release, which isn't held up by it.
+            hand_over: Prepared::new("hand over", &table, "$7", |here| {
+                format!(
+                    "WITH cur AS MATERIALIZED (
+    SELECT version, lease_id, lease_expire_time, waiters FROM {table}
+    WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
+), own AS MATERIALIZED (
+    SELECT version FROM {table}
+    WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
+      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
+    FOR UPDATE SKIP LOCKED
+), moved AS (
+    UPDATE {table} AS lock
+    SET version = lock.version + 1, owner_id = $4, lease_id = $5, lock_begin_time = clock_timestamp(), lease_expire_time = {lease}
+    WHERE lock_id = $1 AND version = (SELECT version FROM own)
+    RETURNING version, lease_expire_time, waiters
+)
+SELECT {here}, coalesce(moved.version, cur.version), coalesce(moved.lease_expire_time, cur.lease_expire_time),
+       clock_timestamp(), coalesce(moved.waiters, cur.waiters) IS NOT NULL
+FROM (VALUES (1)) AS one LEFT JOIN moved ON true LEFT JOIN cur ON cur.lease_id = $5",
+                    lease = lease_from_now("$6"),
+                )
+            }),
+            // $1 lock, $2 waiter, $3 place. If the lock was just promised to it, the others have to know.
+            withdraw: Prepared::new("withdraw", &table, "$3", |here| {
+                format!(
+                    "WITH cur AS MATERIALIZED (
+    SELECT version, waiters FROM {table} WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
+), gone AS (
+    UPDATE {table} SET waiters = nullif(array_remove(waiters, $2), '{{}}')
+    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND $2 = ANY (waiters) AND {NOT_DURABLE}
+    RETURNING waiters, released_at
+), free AS MATERIALIZED (
+    SELECT waiters FROM gone WHERE released_at IS NOT NULL
+)
+SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waiters) FROM cur), false), {told}",
+                    told = tell("free"),
                 )
             }),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
@@ -198,6 +298,11 @@ fn quote(identifier: &str) -> String {
     format!("\"{}\"", identifier.replace('"', "\"\""))
 }
 
+/// The channel on which a waiting process listens. At most 63 bytes.
+pub(crate) fn channel(waiter: Uuid) -> String {
+    format!("{CHANNEL}{waiter}")
+}
+
 /// A string literal as SQL, whatever `standard_conforming_strings` is.
 fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
@@ -210,7 +315,15 @@ mod tests {
     #[test]
     fn only_the_clock_judges_leases() {
         let sql = Sql::new("public", "storage_lock");
-        for text in [&sql.acquire.text, &sql.create, &sql.refresh.text, &sql.release.text, &sql.get, &sql.list] {
+        for text in [
+            &sql.acquire.text,
+            &sql.create,
+            &sql.refresh.text,
+            &sql.release.text,
+            &sql.hand_over.text,
+            &sql.get,
+            &sql.list,
+        ] {
             let text = text.to_lowercase();
             for start_of_transaction in ["now(", "current_timestamp", "transaction_timestamp", "statement_timestamp"] {
                 assert!(!text.contains(start_of_transaction), "{text}");

@@ -5,15 +5,22 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use uuid::Uuid;
+
 use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::follow_up::{FollowUps, Outcome, Unfinished};
-use crate::hold::{Hold, Holds};
+use crate::hold::Hold;
+use crate::line::{Lines, Successor, Waiter};
+use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
-use crate::session::{Acquired, Claim, Fault, Found, LockInformation, Session};
-use crate::sql::{COLUMNS, Sql};
+use crate::session::{Acquired, Claim, Fault, Found, Granted, LockInformation, Session};
+use crate::sql::{COLUMNS, GRACE, Sql};
 use crate::term::{Term, backoff};
 use crate::workers::{Urgency, Workers};
+
+/// How often to try to leave the line of a lock that changes hands at the same moment.
+const MAX_WITHDRAWALS: u32 = 3;
 
 /// How long a call waits for its answer at most, where its caller sets no limit; opening a connection comes on top.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
@@ -33,19 +40,35 @@ struct Inner {
     schema: String,
     table_name: String,
     workers: Workers,
-    holds: Holds,
+    lines: Arc<Lines>,
+    listener: Arc<Listener>,
     follow_ups: FollowUps,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.listener.close();
+    }
+}
+
+/// How a hold is given back.
+#[derive(Clone)]
+struct Release {
+    claim: Claim,
+    /// None of one that may never have come to be.
+    version: Option<i64>,
+    /// This process in the line of those who wait: afterwards it stands behind them, or not at all.
+    waiter: Option<Uuid>,
+    waits_again: bool,
 }
 
 /// What came of an attempt to take a lock.
 pub(crate) enum Attempt {
-    Taken {
-        version: i64,
-        term: Term,
-    },
-    /// Somebody else's; for how long, if that is known.
+    Taken(Granted),
+    /// Somebody else's; for how long, if that is known, and whether we stand in line for it now.
     Busy {
         left: Option<Duration>,
+        is_queued: bool,
     },
 }
 
@@ -76,7 +99,8 @@ impl PostgresStorage {
                 schema: options.schema,
                 table_name: options.table_name,
                 workers: Workers::new(connections, max_connections),
-                holds: Holds::default(),
+                lines: Arc::default(),
+                listener: Arc::new(Listener::new()),
                 follow_ups: FollowUps::default(),
             }),
         };
@@ -169,20 +193,31 @@ impl PostgresStorage {
         self.inner.workers.longest_call(ANSWER_TIME)
     }
 
-    pub(crate) fn holds(&self) -> &Holds {
-        &self.inner.holds
+    pub(crate) fn lines(&self) -> &Lines {
+        &self.inner.lines
     }
 
-    /// Tries to take the lock once, repeating after `misses` at most. No claim may be made twice: one whose outcome its
-    /// caller can't know is released behind its back.
-    pub(crate) fn acquire(&self, claim: &Claim, misses: u32, deadline: Instant) -> Result<Attempt> {
+    /// Whether waiters hear of releases.
+    pub(crate) fn listens(&self) -> bool {
+        self.inner.listener.is_on()
+    }
+
+    /// Somebody waits for another process: listens for its release, if that is possible.
+    pub(crate) fn listen(&self) {
+        self.inner.listener.start(&self.inner.lines, self.inner.workers.connections());
+    }
+
+    /// Tries to take the lock once, repeating after `misses` at most; one that waits keeps to the line of the processes. No claim
+    /// may be made twice: one whose outcome its caller can't know is released behind its back.
+    pub(crate) fn acquire(&self, claim: &Claim, waits: bool, misses: u32, deadline: Instant) -> Result<Attempt> {
+        let waiter = waits.then_some(self.inner.listener.waiter);
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let describe = claim.lock_id.clone();
         let mut is_repetition = false;
         let call = move |session: &mut Session| {
             // The try before this one may yet come through. If this one finds its hold, it is ours; if not, it is a stray.
             let may_be_followed_by_a_stray = std::mem::replace(&mut is_repetition, true);
-            let attempt = acquire_on(session, &sql, &owned, misses, deadline)?;
+            let attempt = acquire_on(session, &sql, &owned, waiter, misses, deadline)?;
             if may_be_followed_by_a_stray && matches!(attempt, Attempt::Busy { .. }) {
                 storage.follow_up(Unfinished::new(owned.clone(), None, Instant::now()));
             }
@@ -190,12 +225,7 @@ impl PostgresStorage {
         };
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let unfinished = move |late: Option<(&mut Session, Attempt)>| match late {
-            Some((session, Attempt::Taken { version, .. })) => {
-                log::debug!(target: "storage_lock", "lock {:?} was taken too late, and is released", owned.lock_id);
-                if session.release(&sql, &owned, Some(version)).is_err() {
-                    storage.follow_up(Unfinished::new(owned, Some(version), Instant::now()));
-                }
-            }
+            Some((session, Attempt::Taken(granted))) => storage.undo(session, &sql, owned, granted),
             Some((_, Attempt::Busy { .. })) => {}
             None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
         };
@@ -209,6 +239,7 @@ impl PostgresStorage {
         let (described, wanted, called, answered) =
             (Arc::clone(hold), Arc::clone(hold), Arc::clone(hold), Arc::clone(hold));
         self.inner.workers.send(
+            Urgency::Urgent,
             deadline,
             move || format!("refresh lock {:?}", described.claim.lock_id),
             move || wanted.is_to_be_refreshed(),
@@ -216,24 +247,92 @@ impl PostgresStorage {
                 let sent = Instant::now();
                 Ok((sent, session.refresh(&sql, &called.claim, called.version)?))
             },
-            move |result: Result<(Instant, bool)>| match result {
+            move |result: Result<(Instant, Option<bool>)>| match result {
                 Ok((sent, is_there)) => answered.refreshed(number, sent, Ok(is_there)),
                 Err(error) => answered.refreshed(number, Instant::now(), Err(error)),
             },
         );
     }
 
-    /// Releases a hold, within [`RELEASE_TIME`]. If that fails it is followed up until the lease has run out.
-    pub(crate) fn release(&self, hold: &Hold) -> Result<()> {
-        let deadline = Instant::now() + RELEASE_TIME;
+    /// What a call took, but too late for its caller.
+    fn undo(&self, session: &mut Session, sql: &Sql, claim: Claim, granted: Granted) {
+        log::debug!(target: "storage_lock", "lock {:?} was taken too late, and is released", claim.lock_id);
+        if session.release(sql, &claim, Some(granted.version), None, false).is_err() {
+            self.follow_up(Unfinished::new(claim, Some(granted.version), Instant::now()));
+        }
+    }
+
+    /// Ends a hold, within [`RELEASE_TIME`]: hands it to the next thread of this process that waits, or gives it back. If that fails
+    /// it is followed up until the lease has run out.
+    pub(crate) fn release(&self, hold: &Arc<Hold>) -> Result<()> {
+        self.release_until(hold, Instant::now() + RELEASE_TIME)
+    }
+
+    fn release_until(&self, hold: &Arc<Hold>, deadline: Instant) -> Result<()> {
+        let own = Some(self.inner.listener.waiter);
+        let successor = self.lines().successor(hold);
         let mut failures = 0;
+        if let Successor::Waiter(next) = &successor {
+            match self.hand_over(hold, next, deadline) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(_) => failures = 1,
+            }
+        }
+        let waits_again = matches!(successor, Successor::Others);
+        let waiter = if matches!(successor, Successor::Unknown) { None } else { own };
+        let result = self.give_back(hold, waiter, waits_again, failures, deadline);
+        let others = result.as_ref().map_or(0, |told| told.saturating_sub(u32::from(waits_again)));
+        if waits_again {
+            self.listen();
+        }
+        // Those before us come first, unless they don't come.
+        self.lines().end_hold(hold, Instant::now() + if waits_again { GRACE * others } else { Duration::ZERO });
+        result.map(drop)
+    }
+
+    /// Hands a hold over; false if it can't be, because it is lost or somebody's transaction has locked its row.
+    fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<bool> {
+        let claim = next.claim();
+        let (sql, before, owned) = (Arc::clone(&self.inner.sql), Arc::clone(hold), claim.clone());
+        let call = move |session: &mut Session| session.hand_over(&sql, &before.claim, before.version, &owned);
+        let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
+        let unfinished = move |late: Option<(&mut Session, Option<Granted>)>| match late {
+            Some((session, Some(granted))) => storage.undo(session, &sql, owned, granted),
+            Some((_, None)) => {}
+            None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
+        };
+        let describe = claim.lock_id.clone();
+        let action = move || format!("hand over lock {describe:?}");
+        let granted = self.inner.workers.call(Urgency::Urgent, deadline, action, call, unfinished)?;
+        let Some(granted) = granted else { return Ok(false) };
+        let handed = next.hold(claim, granted, Some(hold));
+        if !self.lines().hand(next, &handed) {
+            // It has given up meanwhile. Its hold goes on to the next one, and our own is over.
+            if let Err(error) = self.release_until(&handed, deadline) {
+                log::debug!(target: "storage_lock", "a hold that nobody took up: {}", error.chain());
+            }
+        }
+        Ok(true)
+    }
+
+    /// Releases a hold that was tried to be ended `failures` times before, and says how many waiting processes were told.
+    fn give_back(
+        &self,
+        hold: &Hold,
+        waiter: Option<Uuid>,
+        waits_again: bool,
+        mut failures: u32,
+        deadline: Instant,
+    ) -> Result<u32> {
+        let release = Release { claim: hold.claim.clone(), version: Some(hold.version), waiter, waits_again };
         loop {
-            match self.release_claim(Urgency::Urgent, deadline, &hold.claim, Some(hold.version)) {
-                Ok((true, _)) => return Ok(()),
+            match self.run_release(Urgency::Urgent, deadline, &release) {
+                Ok((Some(told), _)) => return Ok(told),
                 // The answer to an earlier try was lost, and the hold has gone since, while nobody but ourselves could
                 // end it: it was that try.
-                Ok((false, is_repetition)) if (is_repetition || failures > 0) && hold.is_held() => return Ok(()),
-                Ok((false, _)) => return Err(hold.lost()),
+                Ok((None, is_repetition)) if (is_repetition || failures > 0) && hold.is_held() => return Ok(0),
+                Ok((None, _)) => return Err(hold.lost()),
                 Err(error) => {
                     failures += 1;
                     let pause = backoff(failures);
@@ -247,22 +346,36 @@ impl PostgresStorage {
         }
     }
 
-    /// Whether there was something to release, and whether it took more than one try.
-    fn release_claim(
-        &self,
-        urgency: Urgency,
-        deadline: Instant,
-        claim: &Claim,
-        version: Option<i64>,
-    ) -> Result<(bool, bool)> {
-        let (sql, claim) = (Arc::clone(&self.inner.sql), claim.clone());
-        let describe = claim.lock_id.clone();
+    /// How many were told, if there was something to release, and whether it took more than one try.
+    fn run_release(&self, urgency: Urgency, deadline: Instant, release: &Release) -> Result<(Option<u32>, bool)> {
+        let (sql, release) = (Arc::clone(&self.inner.sql), release.clone());
+        let describe = release.claim.lock_id.clone();
         let mut is_repetition = false;
         let call = move |session: &mut Session| {
             let was_tried = std::mem::replace(&mut is_repetition, true);
-            Ok((session.release(&sql, &claim, version)?, was_tried))
+            let Release { claim, version, waiter, waits_again } = &release;
+            Ok((session.release(&sql, claim, *version, *waiter, *waits_again)?, was_tried))
         };
         self.inner.workers.call(urgency, deadline, move || format!("release lock {describe:?}"), call, |_| ())
+    }
+
+    /// Takes this process out of the line of a lock, in the background.
+    pub(crate) fn withdraw(&self, lock_id: &str) {
+        let (sql, lines) = (Arc::clone(&self.inner.sql), Arc::clone(&self.inner.lines));
+        let (waiter, described, lock_id) = (self.inner.listener.waiter, lock_id.to_owned(), lock_id.to_owned());
+        let withdrawn = lock_id.clone();
+        self.inner.workers.send(
+            Urgency::Ordinary,
+            Instant::now() + ANSWER_TIME,
+            move || format!("leave the line of lock {described:?}"),
+            || true,
+            move |session| {
+                let mut tries = 0..MAX_WITHDRAWALS;
+                while tries.next().is_some() && !session.withdraw(&sql, &lock_id, waiter)? {}
+                Ok(())
+            },
+            move |_| lines.withdrawn(&withdrawn),
+        );
     }
 
     /// Releases in the background what may be left of a claim.
@@ -274,9 +387,12 @@ impl PostgresStorage {
         let run = move || {
             storage.inner.follow_ups.run(|unfinished| {
                 let deadline = Instant::now() + RELEASE_TIME;
-                match storage.release_claim(Urgency::Ordinary, deadline, &unfinished.claim, unfinished.version) {
-                    Ok((true, _)) => Outcome::Released,
-                    Ok((false, _)) => Outcome::NotThere,
+                // Others of this process may wait: it stays in the line.
+                let Unfinished { claim, version, .. } = unfinished.clone();
+                let release = Release { claim, version, waiter: None, waits_again: false };
+                match storage.run_release(Urgency::Ordinary, deadline, &release) {
+                    Ok((Some(_), _)) => Outcome::Released,
+                    Ok((None, _)) => Outcome::NotThere,
                     Err(error) if error.is_transient() => Outcome::Failed,
                     Err(_) => Outcome::Hopeless,
                 }
@@ -294,17 +410,18 @@ fn acquire_on(
     session: &mut Session,
     sql: &Sql,
     claim: &Claim,
+    waiter: Option<Uuid>,
     misses: u32,
     deadline: Instant,
 ) -> Result<Attempt, Fault> {
     let mut missed = 0;
     loop {
-        let outcome = match session.acquire(sql, claim)? {
+        let outcome = match session.acquire(sql, claim, waiter)? {
             Acquired::Absent => session.create(sql, claim)?,
             outcome => outcome,
         };
         match outcome {
-            Acquired::Taken { version, sent, left, taken_over_from } => {
+            Acquired::Taken { granted, taken_over_from } => {
                 if let Some(before) = taken_over_from {
                     let lock_id = &claim.lock_id;
                     log::info!(
@@ -312,24 +429,24 @@ fn acquire_on(
                         "lock {lock_id:?} was taken over from {before:?}, whose lease had run out"
                     );
                 }
-                let term = Term::new(sent, left, claim.lease);
-                if term.is_held(Instant::now()) {
-                    return Ok(Attempt::Taken { version, term });
+                if Term::new(granted.sent, granted.left, claim.lease).is_held(Instant::now()) {
+                    return Ok(Attempt::Taken(granted));
                 }
                 // The answer took longer than the lease: nothing to trust.
-                session.release(sql, claim, Some(version))?;
-                return Ok(Attempt::Busy { left: None });
+                session.release(sql, claim, Some(granted.version), None, false)?;
+                return Ok(Attempt::Busy { left: None, is_queued: false });
             }
-            Acquired::Busy { version, owner_id, left } => {
+            Acquired::Busy { version, owner_id, left, is_promised, is_queued } => {
                 let lock_id = &claim.lock_id;
+                let whose = if is_promised { "promised to a waiting process after" } else { "held by" };
                 log::debug!(
                     target: "storage_lock",
-                    "lock {lock_id:?} is busy: held by {owner_id:?} as version {version}, {left:?} left on the lease"
+                    "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}"
                 );
-                return Ok(Attempt::Busy { left: Some(left) });
+                return Ok(Attempt::Busy { left: Some(left), is_queued });
             }
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
-            Acquired::Missed | Acquired::Absent => return Ok(Attempt::Busy { left: None }),
+            Acquired::Missed | Acquired::Absent => return Ok(Attempt::Busy { left: None, is_queued: false }),
         }
     }
 }

@@ -140,6 +140,10 @@ impl Workers {
         self.connections.as_ref().map(Connections::opening_time).unwrap_or_default() + answer
     }
 
+    pub(crate) fn connections(&self) -> Option<&Connections> {
+        self.connections.as_ref()
+    }
+
     /// Makes a call and waits for its result until `deadline`.
     ///
     /// `call` may run more than once, on different connections. `unfinished` hears on the worker's thread of a value that
@@ -215,6 +219,7 @@ impl Workers {
     /// Makes a call and goes on; `done` gets the result on the worker's thread, and `is_wanted` is asked before each try.
     pub(crate) fn send<T: 'static>(
         &self,
+        urgency: Urgency,
         deadline: Instant,
         action: impl Fn() -> String + Send + 'static,
         is_wanted: impl Fn() -> bool + Send + 'static,
@@ -236,7 +241,7 @@ impl Workers {
             }));
             Next::Done
         };
-        self.submit(Urgency::Urgent, deadline, Box::new(step));
+        self.submit(urgency, deadline, Box::new(step));
     }
 
     fn submit(&self, urgency: Urgency, deadline: Instant, step: Step) {

@@ -76,10 +76,21 @@ impl Meeting {
 const LONG: Duration = Duration::from_secs(60);
 
 fn acquire_or_create(session: &mut Session, sql: &Sql, claim: &Claim) -> Acquired {
-    match session.acquire(sql, claim).unwrap() {
+    match session.acquire(sql, claim, None).unwrap() {
         Acquired::Absent => session.create(sql, claim).unwrap(),
         outcome => outcome,
     }
+}
+
+fn take(session: &mut Session, sql: &Sql, claim: &Claim) -> Option<Granted> {
+    match acquire_or_create(session, sql, claim) {
+        Acquired::Taken { granted, .. } => Some(granted),
+        _ => None,
+    }
+}
+
+fn release(session: &mut Session, sql: &Sql, claim: &Claim, version: Option<i64>) -> bool {
+    session.release(sql, claim, version, None, false).unwrap().is_some()
 }
 
 #[test]
@@ -93,13 +104,7 @@ fn of_two_creators_of_a_lock_one_has_its_first_hold() {
             .map(|round| {
                 let claim = claim(&format!("l{round}"), LONG);
                 meeting.meet();
-                match acquire_or_create(&mut session, &table.sql, &claim) {
-                    Acquired::Taken { version, .. } => {
-                        assert_eq!(version, 1);
-                        true
-                    }
-                    _ => false,
-                }
+                take(&mut session, &table.sql, &claim).inspect(|granted| assert_eq!(granted.version, 1)).is_some()
             })
             .collect::<Vec<bool>>()
     };
@@ -119,12 +124,12 @@ fn a_creator_that_stalled_before_it_locked_creates_nothing() {
     for round in 0..200 {
         let lock_id = format!("l{round}");
         let stale = claim(&lock_id, LONG);
-        assert!(matches!(stalled.acquire(&table.sql, &stale).unwrap(), Acquired::Absent));
+        assert!(matches!(stalled.acquire(&table.sql, &stale, None).unwrap(), Acquired::Absent));
         // While it stalls, others create the lock, release it, and move on.
         for _ in 0..3 {
             let claim = claim(&lock_id, LONG);
-            assert!(matches!(acquire_or_create(&mut other, &table.sql, &claim), Acquired::Taken { .. }));
-            assert!(other.release(&table.sql, &claim, None).unwrap());
+            assert!(take(&mut other, &table.sql, &claim).is_some());
+            assert!(release(&mut other, &table.sql, &claim, None));
         }
         assert!(matches!(stalled.create(&table.sql, &stale).unwrap(), Acquired::Missed));
     }
@@ -146,7 +151,7 @@ fn a_first_hold_is_created_under_read_committed_whatever_the_default_is() {
         let mut config: Config = dsn().parse().unwrap();
         config.options(&format!("-c default_transaction_isolation={level} -c default_transaction_read_only=on"));
         let mut creator = Session::new(config.connect(NoTls).unwrap(), false, Arc::default(), 0).unwrap();
-        assert!(matches!(creator.create(&table.sql, &claim(level, LONG)).unwrap(), Acquired::Taken { version: 1, .. }));
+        assert!(matches!(creator.create(&table.sql, &claim(level, LONG)).unwrap(), Acquired::Taken { .. }));
     }
     let seen: Vec<String> = client()
         .query(&format!("DELETE FROM {name}_seen RETURNING level"), &[])
@@ -191,8 +196,8 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
                 // On a busy machine the answer may take longer than so short a lease.
                 let (short, version, sent) = loop {
                     let short = claim("l", lease);
-                    if let Acquired::Taken { version, sent, .. } = acquire_or_create(&mut session, &table.sql, &short) {
-                        break (short, version, sent);
+                    if let Some(granted) = take(&mut session, &table.sql, &short) {
+                        break (short, granted.version, granted.sent);
                     }
                 };
                 *held.lock().unwrap() = Some(sent);
@@ -204,11 +209,11 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
                 }
                 // What is refreshed is held for long: a takeover after it can't be right.
                 let long = Claim { lease: LONG, ..short };
-                let is_refreshed = session.refresh(&table.sql, &long, version).unwrap();
+                let is_refreshed = session.refresh(&table.sql, &long, version).unwrap().is_some();
                 refreshed.push(is_refreshed);
                 meeting.meet();
                 if is_refreshed {
-                    assert!(session.release(&table.sql, &long, Some(version)).unwrap());
+                    assert!(release(&mut session, &table.sql, &long, Some(version)));
                 }
                 meeting.meet();
             }
@@ -225,11 +230,11 @@ fn a_takeover_and_a_refresh_at_the_moment_of_expiry_never_both_succeed() {
                 {
                 }
                 let claim = claim("l", LONG);
-                let is_taken = matches!(session.acquire(&table.sql, &claim).unwrap(), Acquired::Taken { .. });
+                let is_taken = matches!(session.acquire(&table.sql, &claim, None).unwrap(), Acquired::Taken { .. });
                 taken.push(is_taken);
                 meeting.meet();
                 if is_taken {
-                    assert!(session.release(&table.sql, &claim, None).unwrap());
+                    assert!(release(&mut session, &table.sql, &claim, None));
                 }
                 meeting.meet();
             }
@@ -253,9 +258,9 @@ fn acquirers_that_race_get_different_versions() {
         let mut versions = Vec::new();
         for _ in 0..ROUNDS {
             let claim = claim("l", LONG);
-            if let Acquired::Taken { version, .. } = acquire_or_create(&mut session, &table.sql, &claim) {
+            if let Some(Granted { version, .. }) = take(&mut session, &table.sql, &claim) {
                 versions.push(version);
-                assert!(session.release(&table.sql, &claim, Some(version)).unwrap());
+                assert!(release(&mut session, &table.sql, &claim, Some(version)));
             }
         }
         versions
@@ -275,11 +280,11 @@ fn a_lease_id_takes_a_lock_once() {
     let table = Table::new();
     let mut session = session();
     let mine = claim("l", LONG);
-    let Acquired::Taken { version: 1, .. } = acquire_or_create(&mut session, &table.sql, &mine) else { panic!() };
+    assert_eq!(take(&mut session, &table.sql, &mine).unwrap().version, 1);
     // A copy while it is held is recognised; one that comes after the release takes nothing.
-    assert!(matches!(session.acquire(&table.sql, &mine).unwrap(), Acquired::Taken { version: 1, .. }));
-    assert!(session.release(&table.sql, &mine, Some(1)).unwrap());
-    assert!(matches!(session.acquire(&table.sql, &mine).unwrap(), Acquired::Missed));
+    assert_eq!(take(&mut session, &table.sql, &mine).unwrap().version, 1);
+    assert!(release(&mut session, &table.sql, &mine, Some(1)));
+    assert!(matches!(session.acquire(&table.sql, &mine, None).unwrap(), Acquired::Missed));
     assert_eq!(table.count("released_at IS NOT NULL AND version = 1"), 1);
 }
 
@@ -288,17 +293,17 @@ fn release_and_refresh_are_idempotent() {
     let table = Table::new();
     let mut session = session();
     let mine = claim("l", LONG);
-    let Acquired::Taken { version, .. } = acquire_or_create(&mut session, &table.sql, &mine) else { panic!() };
-    assert!(session.refresh(&table.sql, &mine, version).unwrap());
-    assert!(session.refresh(&table.sql, &mine, version).unwrap());
-    assert!(session.release(&table.sql, &mine, Some(version)).unwrap());
+    let Granted { version, .. } = take(&mut session, &table.sql, &mine).unwrap();
+    assert!(session.refresh(&table.sql, &mine, version).unwrap().is_some());
+    assert!(session.refresh(&table.sql, &mine, version).unwrap().is_some());
+    assert!(release(&mut session, &table.sql, &mine, Some(version)));
     let released = session.get(&table.sql, "l").unwrap().unwrap();
-    assert!(session.release(&table.sql, &mine, Some(version)).unwrap(), "a repetition is no loss");
+    assert!(release(&mut session, &table.sql, &mine, Some(version)), "a repetition is no loss");
     assert_eq!(session.get(&table.sql, "l").unwrap().unwrap(), released, "and changes nothing");
-    assert!(!session.refresh(&table.sql, &mine, version).unwrap(), "what is released is not refreshed");
+    assert!(session.refresh(&table.sql, &mine, version).unwrap().is_none(), "what is released is not refreshed");
     // Another lease, or another version, is another hold.
-    assert!(!session.release(&table.sql, &claim("l", LONG), Some(version)).unwrap());
-    assert!(!session.release(&table.sql, &mine, Some(version + 1)).unwrap());
+    assert!(!release(&mut session, &table.sql, &claim("l", LONG), Some(version)));
+    assert!(!release(&mut session, &table.sql, &mine, Some(version + 1)));
 }
 
 /// Behind a pooler, the statement of that name may be another one, or the same one for another table.
@@ -307,7 +312,7 @@ fn a_statement_in_another_place_does_nothing() {
     let (table, other) = (Table::new(), Table::new());
     let mut session = session();
     let mine = claim("l", LONG);
-    let Acquired::Taken { version, .. } = acquire_or_create(&mut session, &table.sql, &mine) else { panic!() };
+    let Granted { version, .. } = take(&mut session, &table.sql, &mine).unwrap();
     let wrong_table = Some(format!("{} {}", session.backend.unwrap(), other.sql.refresh.name));
     let wrong_backend = Some(format!("{} {}", session.backend.unwrap() + 1, table.sql.refresh.name));
     let before = session.get(&table.sql, "l").unwrap();
@@ -315,11 +320,14 @@ fn a_statement_in_another_place_does_nothing() {
         let row = session.client.query_one(&table.sql.refresh.text, &[&"l", &version, &mine.lease_id, &1_i64, &place]);
         let row = row.unwrap();
         assert!(!row.get::<_, bool>(0) && !row.get::<_, bool>(1));
-        let row = session.client.query_one(&table.sql.release.text, &[&"l", &version, &mine.lease_id, &place]).unwrap();
+        let row = session
+            .client
+            .query_one(&table.sql.release.text, &[&"l", &version, &mine.lease_id, &place, &None::<Uuid>, &false])
+            .unwrap();
         assert!(!row.get::<_, bool>(0) && !row.get::<_, bool>(1));
     }
     assert_eq!(session.get(&table.sql, "l").unwrap(), before);
     session.backend = session.backend.map(|backend| backend + 1);
-    assert!(matches!(session.release(&table.sql, &mine, None), Err(Fault::Pooled)));
+    assert!(matches!(session.release(&table.sql, &mine, None, None, false), Err(Fault::Pooled)));
     assert!(session.route.is_pooled.load(Ordering::Relaxed) && !session.is_usable());
 }

@@ -291,7 +291,8 @@ fn when_all_connections_are_busy_the_error_names_the_option() {
                 "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%'";
             table.client().query_one(sql, &[&table.name]).unwrap().get::<_, i64>(0) == 1
         });
-        let error = lock.try_lock_for("late", ms(100)).unwrap_err();
+        let other = StorageLock::new(&storage, "other").unwrap();
+        let error = other.try_lock_for("late", ms(100)).unwrap_err();
         assert!(error.to_string().contains("max_connections"), "{error}");
         transaction.commit().unwrap();
         occupier.join().unwrap().unwrap().expect("the lock was free").unlock().unwrap();

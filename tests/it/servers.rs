@@ -15,13 +15,14 @@ fn with_every_process_of_the_server_stopped_every_call_comes_back() {
     let storage = table.storage();
     let lock = short_lock(&storage, "held", ms(3_000), ms(500));
     let free = StorageLock::new(&storage, "free").unwrap();
+    let other = StorageLock::new(&storage, "other").unwrap();
     drop(free.lock("warm-up").unwrap());
     let (guard, dropped) = (lock.lock("worker").unwrap(), free.lock("other").unwrap());
     let taken = Instant::now();
     server.freeze();
     thread::scope(|scope| {
         scope.spawn(|| {
-            let result = takes_at_most(ms(3_000), "try_lock_for(2 s)", || free.try_lock_for("late", ms(2_000)));
+            let result = takes_at_most(ms(3_000), "try_lock_for(2 s)", || other.try_lock_for("late", ms(2_000)));
             assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
         });
         scope.spawn(|| takes_at_most(ms(2_500), "drop", || drop(dropped)));
@@ -56,7 +57,7 @@ fn with_every_process_of_the_server_stopped_every_call_comes_back() {
     });
     assert!(guard.is_held());
     guard.unlock().unwrap();
-    drop((lock, free, storage));
+    drop((lock, free, other, storage));
     eventually("all connections are closed", || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'storage_lock'";
         server.client().query_one(sql, &[]).unwrap().get::<_, i64>(0) == 0

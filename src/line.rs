@@ -1,0 +1,416 @@
+//! Who holds and who waits for a lock in this process: a line for each lock, first come, first served.
+//!
+//! Only the head of a line talks to the database, and only while the lock isn't this process's own. When it leaves, the next one goes on with
+//! what is known, rather than asking again: two hundred threads that give up at once cost no statement. While the lock is this
+//! process's, nobody asks: its release hands it to the head, or wakes the head.
+//!
+//! Nothing is lost between an event and a wait: both are under one mutex, and what happens while the head asks is kept until
+//! it has its answer.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+use crate::hold::Hold;
+use crate::options::LockOptions;
+use crate::session::{Claim, Granted};
+use crate::sql::GRACE;
+use crate::wait::{Patience, pause};
+use crate::workers::{lock, wait_until};
+
+/// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
+/// hand-over to another process, which costs a millisecond or two, costs little in all; short enough to wait for.
+const TURN: Duration = Duration::from_millis(10);
+/// An answer that has been awaited for longer makes the database count as out of reach.
+const LATE: Duration = Duration::from_millis(500);
+/// After so long at most a waiter asks although nobody told it to.
+const LONGEST_SILENCE: Duration = Duration::from_secs(30);
+
+/// The lines of a storage.
+#[derive(Default)]
+pub(crate) struct Lines(Mutex<HashMap<String, Line>>);
+
+/// There is one while there is a hold or a waiter.
+struct Line {
+    /// The hold of this process, from when it was granted until it was released, handed over or lost.
+    hold: Option<Arc<Hold>>,
+    waiters: VecDeque<Arc<Waiter>>,
+    /// When the head asks next, unless the lock is this process's.
+    ask_at: Instant,
+    asking: Option<Asking>,
+    /// How often the answer was that nobody will tell us.
+    rounds: u32,
+    /// It has been seen that the lock is somebody's: those in the line wait, and don't try for the first time.
+    is_busy: bool,
+    /// This process stands in the row.
+    is_queued: bool,
+    unreachable_since: Option<Instant>,
+}
+
+/// The head is asking the database.
+struct Asking {
+    since: Instant,
+    /// When to ask next, as it was told meanwhile.
+    told: Option<Instant>,
+}
+
+/// A thread that waits.
+pub(crate) struct Waiter {
+    lock: Arc<LockOptions>,
+    owner_id: String,
+    thread: ThreadId,
+    joined: Instant,
+    wake: Condvar,
+    /// The hold that another thread of this process handed to it.
+    handed: OnceLock<Arc<Hold>>,
+}
+
+/// What a waiter does next.
+pub(crate) enum Turn {
+    /// The lock is its own.
+    Handed(Arc<Hold>),
+    /// It is the head, and asks the database.
+    Ask,
+    /// Its patience is over; if so, for how long the database has been out of reach.
+    Over(Option<Duration>),
+}
+
+/// What follows a hold.
+pub(crate) enum Successor {
+    /// A thread of this process.
+    Waiter(Arc<Waiter>),
+    /// Another process; this one stands in line again.
+    Others,
+    /// Nobody of this process waits.
+    Nobody,
+    /// The hold is not the one that this process knows.
+    Unknown,
+}
+
+impl Waiter {
+    /// A claim with a lease id of its own: what came of an attempt without an answer is undone behind its back.
+    pub(crate) fn claim(&self) -> Claim {
+        claim(&self.lock, &self.owner_id)
+    }
+
+    /// The hold that it has been granted, or handed by `before`.
+    pub(crate) fn hold(&self, claim: Claim, granted: Granted, before: Option<&Hold>) -> Arc<Hold> {
+        let turn_began = before.map_or(granted.sent, |before| before.turn_began);
+        Arc::new(Hold::new(claim, granted, self.lock.refresh_interval(), self.thread, turn_began))
+    }
+}
+
+/// A new claim on a lock.
+pub(crate) fn claim(lock: &LockOptions, owner_id: &str) -> Claim {
+    Claim {
+        lock_id: lock.lock_id.clone(),
+        owner_id: owner_id.to_owned(),
+        lease_id: Uuid::new_v4(),
+        lease: lock.lease_expire_after,
+    }
+}
+
+impl Line {
+    fn new(now: Instant) -> Line {
+        Line {
+            hold: None,
+            waiters: VecDeque::new(),
+            ask_at: now,
+            asking: None,
+            rounds: 0,
+            is_busy: false,
+            is_queued: false,
+            unreachable_since: None,
+        }
+    }
+
+    /// Since when nothing has been heard of the database, if it is asked and doesn't answer.
+    fn unreachable_since(&self, now: Instant) -> Option<Instant> {
+        let late = self.asking.as_ref().map(|asking| asking.since).filter(|since| now.duration_since(*since) >= LATE);
+        self.unreachable_since.or(late)
+    }
+
+    fn wake_head(&self) {
+        if let Some(head) = self.waiters.front() {
+            head.wake.notify_one();
+        }
+    }
+
+    /// The head shall ask at `at`, whatever it was going to wait for; unless it is to ask at once already, for another reason.
+    fn tell(&mut self, at: Instant) {
+        let now = Instant::now();
+        match &mut self.asking {
+            Some(asking) if asking.told.is_some_and(|before| before <= now) => {}
+            Some(asking) => asking.told = Some(at),
+            None if self.ask_at <= now => {}
+            None => self.ask_at = at,
+        }
+        self.wake_head();
+    }
+
+    /// The head has asked, and would ask again at `at` if nobody had told it anything meanwhile.
+    fn answered(&mut self, at: Instant) {
+        self.ask_at = self.asking.take().and_then(|asking| asking.told).unwrap_or(at);
+    }
+
+    /// The head has asked, and nobody will tell it when to ask again: after a pause, and once more when its patience ends.
+    fn ask_again(&mut self, patience: &Patience, now: Instant, left: Option<Duration>) {
+        let next = now + pause(self.rounds, left);
+        self.rounds = self.rounds.saturating_add(1);
+        self.answered(if patience.is_over(now) { next } else { next.min(patience.end(now)) });
+    }
+
+    fn begin_hold(&mut self, hold: &Arc<Hold>) {
+        self.hold = Some(Arc::clone(hold));
+        self.is_busy = true;
+        self.rounds = 0;
+        self.unreachable_since = None;
+    }
+}
+
+impl Lines {
+    /// The hold of this process that this thread may enter again as this owner.
+    pub(crate) fn enter_again(&self, lock_id: &str, owner_id: &str) -> Option<Arc<Hold>> {
+        let lines = lock(&self.0);
+        lines.get(lock_id)?.hold.as_ref().filter(|hold| hold.enter_again(owner_id)).cloned()
+    }
+
+    /// A hold began without waiting.
+    pub(crate) fn begin_hold(&self, hold: &Arc<Hold>) {
+        let mut lines = lock(&self.0);
+        let line = lines.entry(hold.claim.lock_id.clone()).or_insert_with(|| Line::new(Instant::now()));
+        line.begin_hold(hold);
+    }
+
+    /// A hold is over: released, or lost. The head asks at `ask_at`.
+    pub(crate) fn end_hold(&self, hold: &Arc<Hold>, ask_at: Instant) {
+        let mut lines = lock(&self.0);
+        let Some(line) = lines.get_mut(&hold.claim.lock_id) else { return };
+        // A lost hold may have been followed by another one.
+        if !line.hold.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, hold)) {
+            return;
+        }
+        line.hold = None;
+        if line.waiters.is_empty() {
+            lines.remove(&hold.claim.lock_id);
+        } else {
+            line.ask_at = line.ask_at.min(ask_at);
+            line.tell(line.ask_at);
+        }
+    }
+
+    /// Who is to have the lock after this hold. A process passes a lock on among its own threads, but not for long while others wait.
+    pub(crate) fn successor(&self, hold: &Arc<Hold>) -> Successor {
+        let mut lines = lock(&self.0);
+        let line = lines.get_mut(&hold.claim.lock_id);
+        let Some(line) = line.filter(|line| line.hold.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, hold))) else {
+            return Successor::Unknown;
+        };
+        let Some(head) = line.waiters.front() else { return Successor::Nobody };
+        if !hold.state().is_wanted || hold.turn_began.elapsed() < TURN {
+            return Successor::Waiter(Arc::clone(head));
+        }
+        // What is told from now on is about the time after this hold.
+        line.ask_at = Instant::now() + LONGEST_SILENCE;
+        Successor::Others
+    }
+
+    /// Gives a waiter the hold that was handed to it; false if it doesn't wait any more, and somebody has to end the hold.
+    pub(crate) fn hand(&self, waiter: &Arc<Waiter>, hold: &Arc<Hold>) -> bool {
+        let mut lines = lock(&self.0);
+        let line = lines.entry(hold.claim.lock_id.clone()).or_insert_with(|| Line::new(Instant::now()));
+        line.begin_hold(hold);
+        if !line.waiters.front().is_some_and(|head| Arc::ptr_eq(head, waiter)) {
+            return false;
+        }
+        line.waiters.pop_front();
+        line.asking = None;
+        let is_handed = waiter.handed.set(Arc::clone(hold)).is_ok();
+        waiter.wake.notify_one();
+        is_handed
+    }
+
+    /// Somebody released a lock, and this process is at this place among those who wait for it: it asks at once, or when those
+    /// before it should have come.
+    pub(crate) fn was_released(&self, lock_id: &str, place: u32) {
+        if let Some(line) = lock(&self.0).get_mut(lock_id) {
+            line.tell(Instant::now() + GRACE * place.saturating_sub(1));
+        }
+    }
+
+    /// Notifications come from now on, or don't any more: each head asks, to stand in the row or because it won't be told.
+    pub(crate) fn listening_changed(&self) {
+        let now = Instant::now();
+        lock(&self.0).values_mut().for_each(|line| line.tell(now));
+    }
+
+    /// This process doesn't stand in the row of this lock any more. Whoever has come to wait for it since has to ask.
+    pub(crate) fn withdrawn(&self, lock_id: &str) {
+        if let Some(line) = lock(&self.0).get_mut(lock_id) {
+            line.tell(Instant::now());
+        }
+    }
+
+    /// Whether anybody waits for other processes.
+    pub(crate) fn any_waits(&self) -> bool {
+        lock(&self.0).values().any(|line| line.hold.is_none() && !line.waiters.is_empty())
+    }
+}
+
+/// A thread's place in a line. It leaves the line when it is dropped.
+pub(crate) struct Place<'a> {
+    lines: &'a Lines,
+    waiter: Arc<Waiter>,
+}
+
+/// What leaving a line leaves to do.
+#[derive(Default)]
+pub(crate) struct Left {
+    /// A hold that was handed over and not taken up.
+    pub(crate) hold: Option<Arc<Hold>>,
+    /// Nobody of this process waits any more, and the row says that somebody does.
+    pub(crate) is_queued: bool,
+}
+
+impl Lines {
+    /// Joins the line of a lock, at its end.
+    pub(crate) fn join(&self, options: &Arc<LockOptions>, owner_id: &str) -> Place<'_> {
+        let waiter = Arc::new(Waiter {
+            lock: Arc::clone(options),
+            owner_id: owner_id.to_owned(),
+            thread: thread::current().id(),
+            joined: Instant::now(),
+            wake: Condvar::new(),
+            handed: OnceLock::new(),
+        });
+        let mut lines = lock(&self.0);
+        let line = lines.entry(options.lock_id.clone()).or_insert_with(|| Line::new(Instant::now()));
+        line.waiters.push_back(Arc::clone(&waiter));
+        Place { lines: self, waiter }
+    }
+}
+
+impl Place<'_> {
+    pub(crate) fn waiter(&self) -> &Waiter {
+        &self.waiter
+    }
+
+    pub(crate) fn lock_id(&self) -> &str {
+        &self.waiter.lock.lock_id
+    }
+
+    fn is_head(&self, line: &Line) -> bool {
+        line.waiters.front().is_some_and(|head| Arc::ptr_eq(head, &self.waiter))
+    }
+
+    /// For how long this waiter has waited for a database that has been out of reach since then.
+    fn unreachable_for(&self, since: Instant, now: Instant) -> Duration {
+        now.duration_since(since.max(self.waiter.joined))
+    }
+
+    /// Whether a wait without an end ends nevertheless, because the database has been out of reach for a lease.
+    fn is_hopeless(&self, unreachable: Duration, patience: &Patience) -> bool {
+        *patience == Patience::Forever && unreachable >= self.waiter.lock.lease_expire_after
+    }
+
+    /// Waits for something to do.
+    pub(crate) fn turn(&self, patience: &Patience) -> Turn {
+        let mut lines = lock(&self.lines.0);
+        loop {
+            if let Some(hold) = self.waiter.handed.get() {
+                return Turn::Handed(Arc::clone(hold));
+            }
+            let now = Instant::now();
+            let mut wake = patience.end(now);
+            let (mut is_busy, mut unreachable) = (true, None);
+            if let Some(line) = lines.get_mut(self.lock_id()) {
+                if self.is_head(line) {
+                    let is_ours = line.hold.as_ref().is_some_and(|hold| hold.is_held());
+                    if !is_ours && line.ask_at <= now {
+                        line.asking = Some(Asking { since: now, told: None });
+                        return Turn::Ask;
+                    }
+                    wake = wake.min(if is_ours { wake } else { line.ask_at });
+                }
+                is_busy = line.is_busy;
+                unreachable = line.unreachable_since(now).map(|since| self.unreachable_for(since, now));
+            }
+            if patience.is_over(now) {
+                // Where nobody has had an answer yet, nobody knows that the lock is busy.
+                return Turn::Over(unreachable.or((!is_busy).then(|| now.duration_since(self.waiter.joined))));
+            }
+            if unreachable.is_some_and(|unreachable| self.is_hopeless(unreachable, patience)) {
+                return Turn::Over(unreachable);
+            }
+            lines = wait_until(&self.waiter.wake, lines, wake);
+        }
+    }
+
+    /// The head took the lock.
+    pub(crate) fn took(&self, hold: &Arc<Hold>) {
+        let mut lines = lock(&self.lines.0);
+        let Some(line) = lines.get_mut(self.lock_id()) else { return };
+        line.waiters.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
+        line.asking = None;
+        line.is_queued = false;
+        line.begin_hold(hold);
+    }
+
+    /// The lock is busy for `left`, if that is known. One that stands in the row and listens will be told.
+    pub(crate) fn busy(&self, left: Option<Duration>, is_queued: bool, listens: bool, patience: &Patience) {
+        let now = Instant::now();
+        let mut lines = lock(&self.lines.0);
+        let Some(line) = lines.get_mut(self.lock_id()) else { return };
+        line.is_busy = true;
+        line.is_queued |= is_queued;
+        line.unreachable_since = None;
+        match left {
+            Some(left) if is_queued && listens => line.answered(now + left.min(LONGEST_SILENCE)),
+            left => line.ask_again(patience, now, left),
+        }
+    }
+
+    /// Asking failed. Gives the error back where it ends the wait: at the first attempt, if it won't pass, and when the
+    /// patience is over, which for one without an end is after a lease without an answer.
+    pub(crate) fn failed(&self, error: Error, asked: Instant, patience: &Patience) -> Result<()> {
+        let now = Instant::now();
+        let mut lines = lock(&self.lines.0);
+        let Some(line) = lines.get_mut(self.lock_id()) else { return Err(error) };
+        let since = *line.unreachable_since.get_or_insert(asked);
+        let is_over = patience.is_over(now) || self.is_hopeless(self.unreachable_for(since, now), patience);
+        line.ask_again(patience, now, None);
+        if is_over || !line.is_busy || !error.is_transient() {
+            return Err(error);
+        }
+        drop(lines);
+        log::debug!(target: "storage_lock", "waiting for lock {:?} goes on: {error}", self.lock_id());
+        Ok(())
+    }
+
+    /// Leaves the line. `has_hold` says that the waiter has taken up the hold that was handed to it.
+    pub(crate) fn leave(&self, has_hold: bool) -> Left {
+        let mut lines = lock(&self.lines.0);
+        let hold = if has_hold { None } else { self.waiter.handed.get().cloned() };
+        let Some(line) = lines.get_mut(self.lock_id()) else { return Left { hold, is_queued: false } };
+        let was_head = self.is_head(line);
+        line.waiters.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
+        if was_head {
+            // It may have been asking, or have failed at its first attempt: the next one's is its own.
+            let was_asking = line.asking.take().is_some();
+            if was_asking || !line.is_busy {
+                line.ask_at = Instant::now();
+            }
+            line.wake_head();
+        }
+        let is_empty = line.hold.is_none() && line.waiters.is_empty();
+        let is_queued = is_empty && line.is_queued;
+        if is_empty {
+            lines.remove(self.lock_id());
+        }
+        Left { hold, is_queued }
+    }
+}

@@ -1,0 +1,177 @@
+//! The one connection of a storage that listens for releases, on a thread of its own.
+//!
+//! It is opened when a thread waits for another process, and closed when nobody has for a while. Nothing depends on it but
+//! how soon a waiter hears of a release: without it waiters ask from time to time. So whenever it comes or goes, they are told, and ask: what was
+//! sent before is not heard.
+
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::connections::Connections;
+use crate::line::Lines;
+use crate::session::Session;
+use crate::term::backoff;
+use crate::workers::{lock, wait_until};
+
+/// It is closed after so long without anybody who waits.
+const IDLE_TIME: Duration = Duration::from_secs(10);
+/// How often to look whether anybody still waits.
+const LOOK: Duration = Duration::from_millis(250);
+/// After so long without a notification the server is asked whether it is still there.
+const SILENCE: Duration = Duration::from_secs(30);
+/// How long it may take to answer that.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+
+pub(crate) struct Listener {
+    /// What this storage is called among the waiters of a row.
+    pub(crate) waiter: Uuid,
+    state: Mutex<State>,
+    closed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    has_thread: bool,
+    is_on: bool,
+    /// A pooler is in the way.
+    is_impossible: bool,
+    is_closed: bool,
+}
+
+/// Why listening ended.
+enum End {
+    Idle,
+    Lost(String),
+}
+
+impl Listener {
+    pub(crate) fn new() -> Listener {
+        Listener { waiter: Uuid::new_v4(), state: Mutex::default(), closed: Condvar::new() }
+    }
+
+    /// Whether notifications come.
+    pub(crate) fn is_on(&self) -> bool {
+        lock(&self.state).is_on
+    }
+
+    /// Somebody waits in the lines: starts to listen, if that is possible and not done already.
+    pub(crate) fn start(self: &Arc<Self>, lines: &Arc<Lines>, connections: Option<&Connections>) {
+        let Some(connections) = connections else { return };
+        let mut state = lock(&self.state);
+        if state.has_thread || state.is_impossible || state.is_closed {
+            return;
+        }
+        let (listener, lines, connections) = (Arc::clone(self), Arc::clone(lines), connections.clone());
+        let run = move || {
+            let running = Running(listener, lines);
+            running.run(&connections);
+        };
+        state.has_thread = true;
+        drop(state);
+        if let Err(error) = thread::Builder::new().name("lock-listen".to_owned()).spawn(run) {
+            log::debug!(target: "storage_lock", "cannot start a thread: {error}");
+        }
+    }
+
+    /// Ends the thread, soon.
+    pub(crate) fn close(&self) {
+        lock(&self.state).is_closed = true;
+        self.closed.notify_all();
+    }
+
+    fn set_on(&self, is_on: bool, lines: &Lines) {
+        lock(&self.state).is_on = is_on;
+        lines.listening_changed();
+    }
+}
+
+/// The listener's thread. However it ends, or if it never began, the next one who waits may start another.
+struct Running(Arc<Listener>, Arc<Lines>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        (state.has_thread, state.is_on) = (false, false);
+    }
+}
+
+impl Running {
+    fn run(&self, connections: &Connections) {
+        let Running(listener, lines) = self;
+        let waiter = listener.waiter;
+        let mut failures = 0;
+        while !self.is_done() {
+            let end = match connections.open_apart(move |session| session.listen(waiter)) {
+                Ok(session) if !session.is_direct() => {
+                    log::info!(target: "storage_lock", "waiting polls: a pooler is in the way of notifications");
+                    lock(&listener.state).is_impossible = true;
+                    return;
+                }
+                Ok(mut session) => {
+                    if failures > 0 {
+                        log::info!(target: "storage_lock", "listening for releases again");
+                    }
+                    failures = 0;
+                    listener.set_on(true, lines);
+                    let end = self.listen(&mut session);
+                    listener.set_on(false, lines);
+                    end
+                }
+                Err(error) => End::Lost(error.chain()),
+            };
+            let End::Lost(why) = end else { continue };
+            if failures == 0 {
+                log::warn!(target: "storage_lock", "cannot listen for releases, waiting polls: {why}");
+            }
+            failures += 1;
+            let state = lock(&listener.state);
+            if !state.is_closed {
+                drop(wait_until(&listener.closed, state, Instant::now() + backoff(failures)));
+            }
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        lock(&self.0.state).is_closed || !self.1.any_waits()
+    }
+
+    fn listen(&self, session: &mut Session) -> End {
+        let (mut needed, mut heard, mut looked) = (Instant::now(), Instant::now(), Instant::now());
+        let mut generation = session.route_generation();
+        loop {
+            match session.notification(LOOK) {
+                Ok(Some(payload)) => {
+                    heard = Instant::now();
+                    if let Some((place, lock_id)) = payload.split_once(' ') {
+                        self.1.was_released(lock_id, place.parse().unwrap_or(1));
+                    }
+                }
+                Ok(None) if session.is_closed() => return End::Lost("the server closed the connection".to_owned()),
+                Ok(None) => {}
+                Err(error) => return End::Lost(error.to_string()),
+            }
+            let now = Instant::now();
+            if now.duration_since(looked) < LOOK {
+                continue;
+            }
+            looked = now;
+            if self.1.any_waits() {
+                needed = now;
+            }
+            if now.duration_since(needed) >= IDLE_TIME || lock(&self.0.state).is_closed {
+                return End::Idle;
+            }
+            // Where another connection has just broken, this one may be dead too.
+            if generation != session.route_generation() || now.duration_since(heard) >= SILENCE {
+                generation = session.route_generation();
+                if !session.is_alive(ANSWER_TIME) {
+                    return End::Lost("the server doesn't answer on the connection".to_owned());
+                }
+                heard = now;
+            }
+        }
+    }
+}
