@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command with a PostgreSQL server to talk to, so that nobody has to set one up first.
 #
-#   scripts/with-postgres.sh [--fast] COMMAND [ARGUMENT…]
+#   scripts/with-postgres.sh [--fast] [-c NAME=VALUE]… COMMAND [ARGUMENT…]
 #
 # The command finds the server in STORAGE_LOCK_POSTGRESQL_DSN. If that variable is set already, its server is used
 # and nothing is started. Otherwise a throwaway cluster is started from the PostgreSQL binaries of this machine, on a
@@ -10,18 +10,31 @@
 # the command also gets STORAGE_LOCK_POSTGRESQL_CTL, a program that runs pg_ctl on it ("$…_CTL" restart -m fast).
 #
 # --fast gives up durability (fsync = off): for tests that don't crash the server. Default: durable.
+# -c sets a parameter of the throwaway server, in its postgresql.conf: for what has to be known when it starts.
 set -euo pipefail
 
 readonly name=${0##*/}
-fast=
-if [ "${1-}" = --fast ]; then
-  fast=yes
-  shift
-fi
-if [ $# -eq 0 ]; then
-  echo "usage: $name [--fast] COMMAND [ARGUMENT...]" >&2
+usage() {
+  echo "usage: $name [--fast] [-c NAME=VALUE]... COMMAND [ARGUMENT...]" >&2
   exit 2
-fi
+}
+fast=
+settings=()
+while :; do
+  case ${1-} in
+    --fast)
+      fast=yes
+      shift
+      ;;
+    -c)
+      [[ ${2-} =~ ^[A-Za-z_][A-Za-z0-9_.]*= ]] || usage
+      settings+=("$2")
+      shift 2
+      ;;
+    *) break ;;
+  esac
+done
+[ $# -gt 0 ] || usage
 if [ -n "${STORAGE_LOCK_POSTGRESQL_DSN-}" ]; then
   exec "$@"
 fi
@@ -93,6 +106,15 @@ if [ "$(id -u)" -eq 0 ]; then
   [ -n "$server_user" ] || die "PostgreSQL doesn't run as root, and there is no user postgres or nobody to run it as."
 fi
 
+# A setting as a line of postgresql.conf, whatever characters its value has.
+as_line() {
+  local value=${1#*=}
+  value=${value//\\/\\\\}
+  value=${value//\'/\'\'}
+  value=${value//$'\n'/\\n}
+  printf "%s = '%s'\n" "${1%%=*}" "$value"
+}
+
 # /tmp and not TMPDIR: the path of a Unix socket may have 107 bytes at most.
 folder=$(mktemp -d /tmp/storage-lock-postgres.XXXXXX)
 # What the server may write; the rest of the folder is ours, and run by us.
@@ -154,6 +176,8 @@ rm "$own/password"
     echo "fsync = off"
     echo "full_page_writes = off"
   fi
+  # With no setting at all, older shells take the bare expansion for an unset variable.
+  for setting in ${settings[@]+"${settings[@]}"}; do as_line "$setting"; done
 } >>"$own/data/postgresql.conf"
 
 # A port is free if the server can bind it: that is the only test without a race. 32768 and up are handed out to clients.

@@ -57,6 +57,22 @@ fn it_uses_the_server_that_is_there() {
 }
 
 #[test]
+fn it_sets_what_it_is_told_whatever_the_characters() {
+    use std::io::BufRead;
+    let name = r#"it's a "name" \ with = and #"#;
+    let mut script = script(&["--fast", "-c", &format!("cluster_name={name}"), "-c", "work_mem=5MB"]);
+    script.args(["sh", "-c", "echo \"$STORAGE_LOCK_POSTGRESQL_DSN\"; exec cat"]).stdin(Stdio::piped());
+    let mut child = script.spawn().unwrap();
+    let mut dsn = String::new();
+    std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut dsn).unwrap();
+    let mut client = postgres::Client::connect(dsn.trim(), postgres::NoTls).unwrap();
+    let row = client.query_one("SELECT current_setting('cluster_name'), current_setting('work_mem')", &[]).unwrap();
+    assert_eq!((row.get(0), row.get(1)), (name, "5MB"));
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
 fn it_takes_its_server_away_however_it_ends() {
     // To all processes of the group, as Ctrl-C at a terminal, or to the script alone.
     for (signal, goes_to_group) in [
