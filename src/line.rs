@@ -210,13 +210,14 @@ impl Lines {
         let Some(line) = line.filter(|line| line.hold.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, hold))) else {
             return Successor::Unknown;
         };
-        let Some(head) = line.waiters.front() else { return Successor::Nobody };
-        if !hold.state().is_wanted || hold.turn_began.elapsed() < TURN {
-            return Successor::Waiter(Arc::clone(head));
-        }
         // What is told from now on is about the time after this hold.
         line.ask_at = Instant::now() + LONGEST_SILENCE;
-        Successor::Others
+        let Some(head) = line.waiters.front() else { return Successor::Nobody };
+        if !hold.state().is_wanted || hold.turn_began.elapsed() < TURN {
+            Successor::Waiter(Arc::clone(head))
+        } else {
+            Successor::Others
+        }
     }
 
     /// Gives a waiter the hold that was handed to it; false if it doesn't wait any more, and somebody has to end the hold.

@@ -162,7 +162,8 @@ impl Sql {
             ),
             // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 place, $6 waiter or NULL.
             // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version; `queued`
-            // puts the waiter into the line if it can't.
+            // puts the waiter into the line if it can't: also of a version that has just followed, where a lock is handed
+            // over all the time, and its row is always about to change.
             // A lease id takes a lock once: a copy of this statement that the network delivered late, after its
             // repetition was served and released, must not take the lock for nobody.
             acquire: Prepared::new("acquire", &table, "$5", |here| {
@@ -184,7 +185,7 @@ impl Sql {
 ), queued AS (
     UPDATE {table} SET waiters = array_append(waiters, $6)
     WHERE $6 IS NOT NULL AND NOT EXISTS (SELECT FROM free)
-      AND lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3 AND NOT {is_free}
+      AND lock_id = $1 AND version >= (SELECT version FROM cur) AND lease_id <> $3 AND NOT {is_free}
       AND NOT coalesce($6 = ANY (waiters), false) AND coalesce(cardinality(waiters), 0) < {MAX_WAITERS} AND {NOT_DURABLE}
     RETURNING 1
 )
@@ -274,7 +275,7 @@ FROM (VALUES (1)) AS one LEFT JOIN moved ON true LEFT JOIN cur ON cur.lease_id =
     SELECT version, waiters FROM {table} WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
 ), gone AS (
     UPDATE {table} SET waiters = nullif(array_remove(waiters, $2), '{{}}')
-    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND $2 = ANY (waiters) AND {NOT_DURABLE}
+    WHERE lock_id = $1 AND version >= (SELECT version FROM cur) AND $2 = ANY (waiters) AND {NOT_DURABLE}
     RETURNING waiters, released_at
 ), free AS MATERIALIZED (
     SELECT waiters FROM gone WHERE released_at IS NOT NULL

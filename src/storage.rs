@@ -279,15 +279,15 @@ impl PostgresStorage {
                 Err(_) => failures = 1,
             }
         }
-        let waits_again = matches!(successor, Successor::Others);
+        let waits_again = matches!(successor, Successor::Waiter(_) | Successor::Others);
         let waiter = if matches!(successor, Successor::Unknown) { None } else { own };
         let result = self.give_back(hold, waiter, waits_again, failures, deadline);
-        let others = result.as_ref().map_or(0, |told| told.saturating_sub(u32::from(waits_again)));
-        if waits_again {
+        // Those before us come first, unless they don't come. One that doesn't stand in line has to ask.
+        let before = result.as_ref().map_or(0, |told| if waits_again { told.saturating_sub(1) } else { 0 });
+        if before > 0 {
             self.listen();
         }
-        // Those before us come first, unless they don't come.
-        self.lines().end_hold(hold, Instant::now() + if waits_again { GRACE * others } else { Duration::ZERO });
+        self.lines().end_hold(hold, Instant::now() + GRACE * before);
         result.map(drop)
     }
 
