@@ -415,3 +415,171 @@ impl Place<'_> {
         Left { hold, is_queued }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn options() -> Arc<LockOptions> {
+        Arc::new(LockOptions::new("l"))
+    }
+
+    fn granted(version: i64) -> Granted {
+        Granted { version, sent: Instant::now(), left: LONG, is_wanted: false }
+    }
+
+    fn take(place: &Place<'_>, version: i64) -> Arc<Hold> {
+        assert!(matches!(place.turn(&Patience::Forever), Turn::Ask));
+        let hold = place.waiter().hold(place.waiter().claim(), granted(version), None);
+        place.took(&hold);
+        hold
+    }
+
+    fn soon() -> Patience {
+        Patience::Until(Instant::now() + Duration::from_millis(20))
+    }
+
+    #[test]
+    fn only_the_head_asks_and_only_while_the_lock_is_not_ours() {
+        let lines = Lines::default();
+        let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
+        let hold = take(&head, 1);
+        // Nobody asks while it is ours, and it is known to be busy.
+        assert!(matches!(next.turn(&soon()), Turn::Over(None)));
+        lines.end_hold(&hold, Instant::now());
+        assert!(matches!(next.turn(&soon()), Turn::Ask));
+        let last = lines.join(&options(), "o");
+        assert!(matches!(last.turn(&soon()), Turn::Over(_)));
+    }
+
+    #[test]
+    fn what_is_told_while_the_head_asks_is_kept_until_it_has_its_answer() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        lines.was_released("l", 1);
+        place.busy(Some(LONG), true, true, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        // That of the last place doesn't undo that of the first.
+        lines.was_released("l", 1);
+        lines.was_released("l", 8);
+        place.busy(Some(LONG), true, true, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        place.busy(Some(LONG), true, true, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Over(None)));
+        // Another lock's release is none of ours.
+        lines.was_released("l2", 1);
+        assert!(matches!(place.turn(&soon()), Turn::Over(None)));
+    }
+
+    #[test]
+    fn those_who_are_told_later_ask_later() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        place.busy(Some(LONG), true, true, &Patience::Forever);
+        let told = Instant::now();
+        lines.was_released("l", 3);
+        assert!(matches!(place.turn(&Patience::Forever), Turn::Ask));
+        assert!(told.elapsed() >= 2 * GRACE, "{:?}", told.elapsed());
+    }
+
+    #[test]
+    fn a_head_that_ends_while_it_asks_leaves_the_asking_to_the_next() {
+        let lines = Lines::default();
+        let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
+        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        head.leave(false);
+        assert!(matches!(next.turn(&soon()), Turn::Ask));
+    }
+
+    #[test]
+    fn the_next_head_goes_on_with_what_is_known_and_the_last_one_withdraws() {
+        let lines = Lines::default();
+        let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
+        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        head.busy(Some(LONG), true, true, &Patience::Forever);
+        assert!(!head.leave(false).is_queued);
+        assert!(matches!(next.turn(&soon()), Turn::Over(None)), "it asks what is known");
+        assert!(next.leave(false).is_queued);
+        assert!(lines.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_hold_goes_to_the_head_or_comes_back() {
+        let lines = Lines::default();
+        let [first, second, third] = [0, 1, 2].map(|_| lines.join(&options(), "o"));
+        let hold = take(&first, 1);
+        let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
+        assert!(Arc::ptr_eq(&head, &second.waiter));
+        let handed = head.hold(head.claim(), granted(2), Some(&hold));
+        // It gives up at this moment: before it has been handed over, or after.
+        second.leave(false);
+        assert!(!lines.hand(&head, &handed));
+        let Successor::Waiter(head) = lines.successor(&handed) else { panic!("nobody") };
+        let again = head.hold(head.claim(), granted(3), Some(&handed));
+        assert!(lines.hand(&head, &again));
+        assert!(matches!(third.turn(&soon()), Turn::Handed(_)));
+        let left = third.leave(false).hold.expect("a hold that was not taken up");
+        assert_eq!(left.version, 3);
+    }
+
+    #[test]
+    fn a_turn_ends_when_others_wait() {
+        let lines = Lines::default();
+        let [first, _second] = [0, 1].map(|_| lines.join(&options(), "o"));
+        let hold = take(&first, 1);
+        assert!(matches!(lines.successor(&hold), Successor::Waiter(_)));
+        hold.state().is_wanted = true;
+        assert!(matches!(lines.successor(&hold), Successor::Waiter(_)), "not at once");
+        thread::sleep(TURN);
+        assert!(matches!(lines.successor(&hold), Successor::Others));
+        hold.state().is_wanted = false;
+        assert!(matches!(lines.successor(&hold), Successor::Waiter(_)), "nobody else waits");
+        lines.end_hold(&hold, Instant::now());
+        assert!(matches!(lines.successor(&hold), Successor::Unknown));
+    }
+
+    #[test]
+    fn who_joins_where_the_first_attempt_fails_tries_for_itself() {
+        let lines = Lines::default();
+        let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
+        let error = || Error::Timeout { action: "ask".to_owned(), waiting_for: "an answer", after: LONG };
+        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        assert!(head.failed(error(), Instant::now(), &Patience::Forever).is_err());
+        head.leave(false);
+        let start = Instant::now();
+        assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
+        assert!(start.elapsed() < Duration::from_millis(50), "it waits for {:?}", start.elapsed());
+        // Once the lock was seen to be busy, what fails is waiting.
+        next.busy(Some(Duration::ZERO), false, false, &Patience::Forever);
+        assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
+        assert!(next.failed(error(), Instant::now(), &Patience::Forever).is_ok());
+        // For as long as a lease.
+        assert!(next.failed(error(), Instant::now(), &soon()).is_ok());
+        lines.0.lock().unwrap().get_mut("l").unwrap().unreachable_since = Instant::now().checked_sub(2 * LONG);
+        assert!(
+            next.failed(error(), Instant::now(), &Patience::Forever).is_ok(),
+            "it hasn't waited for so long itself"
+        );
+    }
+
+    #[test]
+    fn a_listener_that_comes_or_goes_makes_heads_ask() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        assert!(lines.any_waits());
+        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        place.busy(Some(LONG), true, true, &Patience::Forever);
+        lines.listening_changed();
+        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        place.busy(Some(LONG), true, true, &Patience::Forever);
+        lines.withdrawn("l");
+        let hold = take(&place, 1);
+        assert!(!lines.any_waits(), "one that waits for its own process doesn't count");
+        lines.end_hold(&hold, Instant::now());
+        assert!(!lines.any_waits() && lines.0.lock().unwrap().is_empty());
+    }
+}

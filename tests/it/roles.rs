@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use storage_lock::{LockGuard, Result};
 
 use crate::support::child::{role, say, wait_for_parent};
-use crate::support::{Table, chain, eventually, ms, short_lock, takes_at_most};
+use crate::support::{Table, chain, eventually, ms, short_lock, takes_at_most, waiting_thread};
 
 /// Not a test of its own: the body of every child process.
 #[test]
@@ -23,6 +23,11 @@ fn child_process() {
         ("healthy run", []) => healthy_run(&table),
         ("threads", []) => threads(&table),
         ("slow logger", []) => slow_logger(&table),
+        ("wait", [lock_id]) => wait(&table, lock_id),
+        ("panic", []) => panic_with_the_lock_in_hand(&table),
+        ("take turns", [threads, seconds]) => {
+            take_turns(&table, threads.parse().unwrap(), Duration::from_secs(seconds.parse().unwrap()));
+        }
         other => panic!("no such role: {other:?}"),
     }
     std::process::exit(0);
@@ -161,9 +166,18 @@ fn threads(table: &Table) {
     assert_eq!(count("lock-follow-up"), 0);
     drop(storage);
     eventually("no storage, no threads", || {
-        ["lock-worker", "lock-refresh", "lock-connect", "lock-close", "lock-open", "lock-follow-up", "r2d2-worker-0"]
-            .iter()
-            .all(|name| count(name) == 0)
+        [
+            "lock-worker",
+            "lock-refresh",
+            "lock-connect",
+            "lock-close",
+            "lock-open",
+            "lock-follow-up",
+            "lock-listen",
+            "r2d2-worker-0",
+        ]
+        .iter()
+        .all(|name| count(name) == 0)
     });
     say("as expected");
 }
@@ -196,4 +210,63 @@ fn slow_logger(table: &Table) {
     }
     assert!(!guard.is_held());
     say("done");
+}
+
+/// Waits for a lock, with all warnings on standard error, and says when it has it.
+fn wait(table: &Table, lock_id: &str) {
+    env_logger::Builder::new().filter_module("storage_lock", log::LevelFilter::Info).init();
+    let lock = table.lock(lock_id);
+    say("waiting");
+    let guard = lock.lock("child").expect("lock");
+    say(guard.version());
+    drop(guard);
+}
+
+/// Threads of one process that take one lock as often as they can. Says how often each had it.
+fn take_turns(table: &Table, threads: usize, time: Duration) {
+    let lock = table.lock("l");
+    say("ready");
+    wait_for_parent();
+    let end = Instant::now() + time;
+    let holds: Vec<String> = thread::scope(|scope| {
+        let take = || {
+            let mut holds = 0_u64;
+            while Instant::now() < end {
+                drop(lock.lock("worker").expect("lock"));
+                holds += 1;
+            }
+            holds.to_string()
+        };
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(take)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    say(holds.join(" "));
+}
+
+/// A logger that panics in the thread that has just got the lock.
+fn panic_with_the_lock_in_hand(table: &Table) {
+    struct Panicking;
+    impl log::Log for Panicking {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            let text = record.args().to_string();
+            assert!(!text.contains("\"unlucky\" acquired"), "as planned");
+        }
+        fn flush(&self) {}
+    }
+    log::set_logger(&Panicking).unwrap();
+    log::set_max_level(log::LevelFilter::Trace);
+    let storage = table.storage();
+    let lock = storage_lock::StorageLock::new(&storage, "l").unwrap();
+    let guard = lock.lock("first").unwrap();
+    let [unlucky, next] = ["unlucky", "next"].map(|owner_id| {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock(owner_id).map(|guard| guard.version()))
+    });
+    drop(guard);
+    assert!(unlucky.join().is_err(), "it should have panicked");
+    assert_eq!(takes_at_most(Duration::from_secs(5), "the next one's turn", || next.join().unwrap().unwrap()), 3);
+    say("as expected");
 }

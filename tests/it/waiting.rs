@@ -1,4 +1,4 @@
-//! Waiting for a lock that is busy. It polls for now.
+//! Waiting for a lock that is busy, and its end.
 
 use std::thread;
 use std::time::{Duration, Instant};

@@ -4,6 +4,8 @@ pub mod child;
 pub mod proxy;
 pub mod server;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
@@ -75,6 +77,23 @@ impl Table {
         self.client().execute(&sql.replace("$T", &self.name), &[]).expect(sql)
     }
 
+    /// Who waits for a lock according to its row, in their order.
+    pub fn waiters(&self, lock_id: &str) -> Vec<Uuid> {
+        let sql = format!("SELECT coalesce(waiters, '{{}}') FROM {} WHERE lock_id = $1", self.name);
+        self.client().query_opt(&sql, &[&lock_id]).expect("read the row").map(|row| row.get(0)).unwrap_or_default()
+    }
+
+    /// Waits until so many storages stand in the row of a lock and listen, and returns them in their order.
+    #[track_caller]
+    pub fn hears(&self, lock_id: &str, storages: usize) -> Vec<Uuid> {
+        let mut client = self.client();
+        within(Duration::from_secs(20), "they stand in the row and listen", || {
+            let waiters = self.waiters(lock_id);
+            let is_on = waiters.iter().all(|waiter| listeners(&mut client, *waiter) == 1);
+            (waiters.len() == storages && is_on).then_some(waiters)
+        })
+    }
+
     /// Lets a lease run out now.
     pub fn expire(&self, lock_id: &str) {
         let sql = format!("UPDATE {} SET lease_expire_time = clock_timestamp() WHERE lock_id = $1", self.name);
@@ -97,6 +116,41 @@ impl Drop for Table {
 pub fn short_lock(storage: &PostgresStorage, lock_id: &str, lease: Duration, refresh: Duration) -> StorageLock {
     let options = LockOptions::new(lock_id).lease_expire_after(lease).lease_refresh_interval(refresh);
     StorageLock::with_options(storage, options).expect("make a lock")
+}
+
+/// Starts a thread that waits for a lock, and returns when it sleeps. Behind a hold of its own process it does so only in the line.
+#[track_caller]
+pub fn waiting_thread<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    // A thread's name has at most 15 bytes in /proc.
+    let name = format!("waiter-{}", COUNT.fetch_add(1, Ordering::SeqCst));
+    let thread = std::thread::Builder::new().name(name.clone()).spawn(run).expect("start a thread");
+    let is_asleep = || {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("threads").flatten();
+        // pid (comm) state ...
+        let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+        stats.any(|stat| stat.contains(&format!("({name}) S")))
+    };
+    let mut looks = 0;
+    eventually("the thread sleeps", || {
+        looks = if is_asleep() { looks + 1 } else { 0 };
+        looks == 5
+    });
+    thread
+}
+
+/// How many sessions listen for a storage, and are ready.
+pub fn listeners(client: &mut Client, waiter: Uuid) -> i64 {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND query = $1";
+    client.query_one(sql, &[&format!("LISTEN \"storage_lock_{waiter}\"")]).expect("read the sessions").get(0)
+}
+
+/// Ends the session that listens for a storage.
+pub fn end_listener(client: &mut Client, waiter: Uuid) {
+    let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query = $1";
+    let ended: i64 =
+        client.query_one(sql, &[&format!("LISTEN \"storage_lock_{waiter}\"")]).expect("end a session").get(0);
+    assert_eq!(ended, 1, "nobody listened");
 }
 
 /// Waits until something is so, and fails the test if it isn't within a generous time.

@@ -1,0 +1,265 @@
+//! Threads of one process that wait for one lock.
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use storage_lock::{Error, PostgresStorage, StorageLock};
+
+use crate::support::child::Process;
+use crate::support::proxy::Proxy;
+use crate::support::{Table, eventually, ms, short_lock, takes_at_most, waiting_thread, within};
+
+/// A storage whose round trips are counted, and a lock in it.
+fn counted(table: &Table) -> (Proxy, PostgresStorage, StorageLock) {
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    (proxy, storage, lock)
+}
+
+#[test]
+fn threads_get_the_lock_in_the_order_in_which_they_came() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let guard = lock.lock("first").unwrap();
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let waiters: Vec<_> = (0..20)
+        .map(|number| {
+            let (lock, order) = (lock.clone(), Arc::clone(&order));
+            waiting_thread(move || {
+                let guard = lock.lock("waiter").unwrap();
+                order.lock().unwrap().push((number, guard.version()));
+            })
+        })
+        .collect();
+    drop(guard);
+    waiters.into_iter().for_each(|waiter| waiter.join().unwrap());
+    assert_eq!(*order.lock().unwrap(), (0..20).map(|number| (number, number + 2)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_hand_over_to_a_thread_of_the_same_process_is_one_statement() {
+    let table = Table::new();
+    let (proxy, _storage, lock) = counted(&table);
+    // What ten waiters after one hold cost: the first time it includes what is prepared.
+    let [_, second] = [0, 1].map(|_| {
+        let guard = lock.lock("first").unwrap();
+        let waiters: Vec<_> = (0..10)
+            .map(|_| {
+                let lock = lock.clone();
+                waiting_thread(move || lock.lock("waiter").unwrap().unlock().unwrap())
+            })
+            .collect();
+        let requests = proxy.requests();
+        guard.unlock().unwrap();
+        waiters.into_iter().for_each(|waiter| waiter.join().unwrap());
+        proxy.requests() - requests
+    });
+    assert_eq!(second, 11, "ten are handed over, one is released");
+}
+
+#[test]
+fn threads_that_wait_for_their_own_process_cost_no_statement_and_no_connection() {
+    let table = Table::new();
+    let (proxy, _storage, lock) = counted(&table);
+    let guard = lock.lock("holder").unwrap();
+    let before = (proxy.requests(), proxy.connections());
+    thread::scope(|scope| {
+        for _ in 0..50 {
+            scope.spawn(|| assert!(lock.try_lock_for("waiter", ms(400)).unwrap().is_none()));
+        }
+    });
+    assert_eq!((proxy.requests(), proxy.connections()), before);
+    guard.unlock().unwrap();
+    assert!(lock.try_lock("somebody").unwrap().is_some());
+}
+
+#[test]
+fn timeouts_of_every_waiter_at_once_leave_nothing_behind() {
+    let table = Table::new();
+    let (proxy, _storage, lock) = counted(&table);
+    let holder = table.lock("l").lock("holder").unwrap();
+    let requests = proxy.requests();
+    thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                let wait = || lock.try_lock_for("waiter", ms(1_000)).unwrap().is_none();
+                assert!(takes_at_most(ms(2_500), "the wait", wait));
+            });
+        }
+        table.hears("l", 1);
+    });
+    eventually("the row says that nobody waits", || table.waiters("l").is_empty());
+    // A busy one, one to listen with the check of its session, one that stands in line and one that leaves it; and at the end, when
+    // not even one a thread, what the first of them still asks.
+    assert!(proxy.requests() - requests <= 12, "{} statements", proxy.requests() - requests);
+    holder.unlock().unwrap();
+    assert_eq!(lock.try_lock("somebody").unwrap().expect("free").version(), 2);
+}
+
+#[test]
+fn a_head_that_gives_up_makes_way_for_the_next() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let holder = table.lock("l").lock("holder").unwrap();
+    thread::scope(|scope| {
+        let head = scope.spawn(|| lock.try_lock_for("head", ms(700)).unwrap().is_none());
+        table.hears("l", 1);
+        let next = scope.spawn(|| lock.lock("next").unwrap().version());
+        assert!(head.join().unwrap());
+        assert_eq!(table.waiters("l").len(), 1, "the process still waits");
+        holder.unlock().unwrap();
+        assert_eq!(takes_at_most(ms(2_000), "the next one's turn", || next.join().unwrap()), 2);
+    });
+}
+
+#[test]
+fn a_waiter_that_panics_with_the_lock_in_hand_makes_way_for_the_next() {
+    let table = Table::new();
+    let mut child = Process::start_with_stderr("panic", &table, &[], std::process::Stdio::piped());
+    assert_eq!(child.expect_line(), "as expected", "{}", child.stderr());
+}
+
+/// A release at about the time at which the only waiter gives up: it gets the lock, or nobody has it.
+#[test]
+fn a_hand_over_to_a_waiter_that_gives_up_leaves_no_lock_behind() {
+    let table = Table::new();
+    let (lock, theirs) = (table.lock("l"), table.lock("l"));
+    let (mut got, mut gave_up) = (0, 0);
+    for round in 0..400 {
+        let guard = lock.lock("holder").unwrap();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| lock.try_lock_for("waiter", ms(2)).unwrap().map(|guard| guard.version()));
+            thread::sleep(Duration::from_micros(1_000 + 37 * (round % 40)));
+            guard.unlock().unwrap();
+            *(if waiting.join().unwrap().is_some() { &mut got } else { &mut gave_up }) += 1;
+        });
+        assert!(theirs.try_lock("somebody").unwrap().is_some(), "left behind in round {round}");
+    }
+    println!("{got} got it, {gave_up} gave up");
+    assert!(got > 20 && gave_up > 20, "the race was not one: {got} got it, {gave_up} gave up");
+}
+
+/// The same between processes.
+#[test]
+fn a_notified_waiter_that_gives_up_leaves_no_lock_behind() {
+    let table = Table::new();
+    let (ours, waiting, theirs) = (table.lock("l"), table.lock("l"), table.lock("l"));
+    for round in 0..200 {
+        let guard = ours.lock("holder").unwrap();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| waiting.try_lock_for("waiter", ms(5)).map(drop).unwrap());
+            thread::sleep(Duration::from_micros(3_000 + 97 * (round % 40)));
+            guard.unlock().unwrap();
+            waiter.join().unwrap();
+        });
+        let is_free = || theirs.try_lock("somebody").unwrap().map(drop);
+        within(Duration::from_secs(5), "the lock is free", is_free);
+    }
+    eventually("nobody waits", || table.waiters("l").is_empty());
+}
+
+#[test]
+fn a_hand_over_whose_answer_was_lost_has_happened_once() {
+    let table = Table::new();
+    let (proxy, _storage, lock) = counted(&table);
+    for round in 0..2 {
+        let guard = lock.lock("first").unwrap();
+        let version = guard.version();
+        let waiting = {
+            let lock = lock.clone();
+            waiting_thread(move || lock.lock("second").unwrap())
+        };
+        if round == 1 {
+            // The parameter that names the statement, which is prepared already.
+            proxy.lose_answer_to(b" hand over \"");
+        }
+        guard.unlock().unwrap();
+        let second = waiting.join().unwrap();
+        assert_eq!((second.version(), second.is_held()), (version + 1, true));
+        second.unlock().unwrap();
+    }
+    assert_eq!(proxy.lost_answers(), 1);
+}
+
+#[test]
+fn a_hand_over_that_is_stuck_ends_in_time_and_leaves_no_lock_behind() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let guard = lock.lock("first").unwrap();
+    let waiting = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("second").unwrap().version())
+    };
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
+    let error = takes_at_most(ms(2_500), "unlock", || guard.unlock()).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    transaction.commit().unwrap();
+    // Not for the lease of 30 s.
+    takes_at_most(Duration::from_secs(10), "the second one's turn", || waiting.join().unwrap());
+    let theirs = table.lock("l");
+    within(Duration::from_secs(10), "the lock is free", || theirs.try_lock("somebody").unwrap().map(drop));
+}
+
+/// What a fence is: the lock can be released, but nobody takes it until that transaction ends.
+#[test]
+fn a_release_is_not_held_up_by_a_locked_row_and_the_waiter_is() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let guard = lock.lock("first").unwrap();
+    let waiting = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("second").unwrap().version())
+    };
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.execute(&format!("SELECT FROM {} FOR KEY SHARE", table.name), &[]).unwrap();
+    takes_at_most(ms(1_000), "unlock", || guard.unlock().unwrap());
+    thread::sleep(ms(300));
+    assert!(!waiting.is_finished());
+    assert!(table.lock("l").info().unwrap().unwrap().released_at.is_some());
+    transaction.commit().unwrap();
+    assert_eq!(takes_at_most(ms(3_000), "the second one's turn", || waiting.join().unwrap()), 2);
+}
+
+#[test]
+fn only_the_last_guard_of_a_hold_hands_over() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let outer = lock.lock("worker").unwrap();
+    let inner = lock.lock("worker").unwrap();
+    let waiting = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("waiter").unwrap().version())
+    };
+    inner.unlock().unwrap();
+    let again = lock.lock("worker").unwrap();
+    outer.unlock().unwrap();
+    assert!(!waiting.is_finished());
+    assert_eq!(again.version(), 1);
+    again.unlock().unwrap();
+    assert_eq!(waiting.join().unwrap(), 2);
+}
+
+#[test]
+fn a_waiter_behind_a_hold_that_is_lost_goes_on_waiting_for_the_next_holder() {
+    let table = Table::new();
+    let (storage, theirs) = (table.storage(), table.lock("l"));
+    let lock = short_lock(&storage, "l", ms(1_500), ms(100));
+    let lost = lock.lock("first").unwrap();
+    let waiting = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("second").unwrap().version())
+    };
+    table.expire("l");
+    let taken = theirs.lock("other").unwrap();
+    eventually("the loss is noticed", || !lost.is_held());
+    // The guard of the lost hold is still there.
+    table.hears("l", 1);
+    taken.unlock().unwrap();
+    assert_eq!(takes_at_most(ms(2_000), "the second one's turn", || waiting.join().unwrap()), 3);
+    assert!(lost.unlock().unwrap_err().is_lease_lost());
+}

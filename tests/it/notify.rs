@@ -1,0 +1,408 @@
+//! Processes that wait for each other: who stands in the row, who is notified, and what happens without notifications.
+
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use postgres::Client;
+use postgres::fallible_iterator::FallibleIterator;
+use storage_lock::{LockGuard, PostgresStorage, StorageLock};
+use uuid::Uuid;
+
+use crate::support::child::Process;
+use crate::support::proxy::Proxy;
+use crate::support::server::Server;
+use crate::support::{
+    Table, end_listener, eventually, listeners, ms, short_lock, takes_at_most, waiting_thread, within,
+};
+
+/// What an independent client hears on a storage's channel.
+struct Ear(Client);
+
+impl Ear {
+    fn on(table: &Table, waiter: Uuid) -> Ear {
+        let mut client = table.client();
+        client.batch_execute(&format!("LISTEN \"storage_lock_{waiter}\"")).unwrap();
+        Ear(client)
+    }
+
+    /// Everything that was sent before this call.
+    fn heard(&mut self) -> Vec<String> {
+        // Its own comes last.
+        let channel: String = self.0.query_one("SELECT pg_listening_channels()", &[]).unwrap().get(0);
+        self.0.execute("SELECT pg_notify($1, 'end')", &[&channel]).unwrap();
+        let mut heard = Vec::new();
+        while let Some(notification) = self.0.notifications().timeout_iter(Duration::from_secs(10)).next().unwrap() {
+            if notification.payload() == "end" {
+                return heard;
+            }
+            heard.push(notification.payload().to_owned());
+        }
+        panic!("its own notification did not come");
+    }
+}
+
+/// A lock of a storage of its own, and a thread of it that waits for its turn and releases it at once.
+fn waiter(table: &Table, lock_id: &str) -> (StorageLock, thread::JoinHandle<i64>) {
+    let lock = table.lock(lock_id);
+    let waits = lock.clone();
+    (lock, waiting_thread(move || waits.lock("waiter").unwrap().version()))
+}
+
+#[test]
+fn only_a_release_for_which_another_process_waits_notifies() {
+    let table = Table::new();
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    let wait = || {
+        let theirs = theirs.clone();
+        waiting_thread(move || theirs.lock("waiter").unwrap().version())
+    };
+    let guard = ours.lock("holder").unwrap();
+    let waiting = wait();
+    let channel = table.hears("l", 1)[0];
+    let mut ear = Ear::on(&table, channel);
+    guard.unlock().unwrap();
+    waiting.join().unwrap();
+    assert_eq!(ear.heard(), ["1 l"]);
+    assert!(table.waiters("l").is_empty(), "who took the lock waits no more");
+    // Nobody waits: threads of one process, and processes that don't want the lock at the same time.
+    thread::scope(|scope| {
+        (0..3).for_each(|_| drop(scope.spawn(|| (0..30).for_each(|_| drop(ours.lock("alone").unwrap())))));
+    });
+    (0..30).for_each(|_| drop(theirs.lock("alone").unwrap()));
+    assert!(theirs.try_lock("alone").unwrap().is_some());
+    assert_eq!(ear.heard(), [""; 0]);
+    // One for each release that is waited for.
+    for _ in 0..5 {
+        let guard = ours.lock("holder").unwrap();
+        let waiting = wait();
+        table.hears("l", 1);
+        guard.unlock().unwrap();
+        waiting.join().unwrap();
+    }
+    assert_eq!(ear.heard(), ["1 l"; 5]);
+}
+
+#[test]
+fn without_a_wait_nothing_is_opened_for_waiting() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    for _ in 0..20 {
+        lock.lock("worker").unwrap().unlock().unwrap();
+        assert!(lock.try_lock("worker").unwrap().is_some());
+    }
+    let other = table.lock("l").lock("other").unwrap();
+    assert!(lock.try_lock("worker").unwrap().is_none(), "this one doesn't wait");
+    assert_eq!(proxy.connections(), 1);
+    assert!(table.waiters("l").is_empty());
+    drop(other);
+}
+
+#[test]
+fn the_processes_are_told_in_the_order_in_which_they_came_and_eight_of_them_at_most() {
+    let table = Table::new();
+    let guard = table.lock("l").lock("holder").unwrap();
+    let waiters: Vec<Uuid> = (0..10).map(|_| Uuid::new_v4()).collect();
+    table.client().execute(&format!("UPDATE {} SET waiters = $1", table.name), &[&waiters]).unwrap();
+    let mut ears: Vec<Ear> = waiters.iter().map(|waiter| Ear::on(&table, *waiter)).collect();
+    assert_eq!(table.lock("l").info().unwrap().unwrap().waiters, 10);
+    guard.unlock().unwrap();
+    let heard: Vec<String> = ears.iter_mut().map(|ear| ear.heard().join(",")).collect();
+    assert_eq!(heard, ["1 l", "2 l", "3 l", "4 l", "5 l", "6 l", "7 l", "8 l", "", ""]);
+}
+
+#[test]
+fn a_storage_listens_on_one_connection_until_nobody_has_waited_for_a_while() {
+    let table = Table::new();
+    let storage = table.storage();
+    let ours = table.storage();
+    let lock = |storage: &PostgresStorage, n: i32| StorageLock::new(storage, format!("l{n}")).unwrap();
+    let guards: Vec<LockGuard> = (0..5).map(|n| lock(&ours, n).lock("holder").unwrap()).collect();
+    let waiting: Vec<_> = (0..5)
+        .map(|n| {
+            let lock = lock(&storage, n);
+            waiting_thread(move || drop(lock.lock("waiter").unwrap()))
+        })
+        .collect();
+    let mut channels: Vec<Uuid> = (0..5).map(|n| table.hears(&format!("l{n}"), 1)[0]).collect();
+    channels.dedup();
+    assert_eq!(channels.len(), 1, "one channel for all locks");
+    guards.into_iter().for_each(|guard| guard.unlock().unwrap());
+    waiting.into_iter().for_each(|waiting| waiting.join().unwrap());
+    let mut client = table.client();
+    assert_eq!(listeners(&mut client, channels[0]), 1);
+    eventually("the connection is closed", || listeners(&mut client, channels[0]) == 0);
+    // And opened again when it is needed.
+    let guard = lock(&ours, 0).lock("holder").unwrap();
+    let again = lock(&storage, 0);
+    let waiting = waiting_thread(move || drop(again.lock("waiter").unwrap()));
+    assert_eq!(table.hears("l0", 1), channels);
+    guard.unlock().unwrap();
+    waiting.join().unwrap();
+    drop(storage);
+    within(Duration::from_secs(5), "a dropped storage doesn't listen", || {
+        (listeners(&mut client, channels[0]) == 0).then_some(())
+    });
+}
+
+/// Far sooner than its lease of 30 s would end: only a notification tells so.
+#[test]
+fn any_lock_id_is_told_in_a_notification() {
+    let table = Table::new();
+    let long = "x".repeat(255);
+    let locks = "🔒".repeat(63);
+    for lock_id in ["1 2 3", " ", "a\nb", "'; NOTIFY x; --", "a\\b\"c%d", &long, &locks] {
+        let guard = table.lock(lock_id).lock("holder").unwrap();
+        let (_lock, waiting) = waiter(&table, lock_id);
+        table.hears(lock_id, 1);
+        // What it asks when it has begun to listen.
+        thread::sleep(ms(100));
+        guard.unlock().unwrap();
+        takes_at_most(ms(1_000), lock_id, || waiting.join().unwrap());
+    }
+}
+
+#[test]
+fn waiters_of_two_tables_and_of_two_databases_do_not_disturb_each_other() {
+    let (here, other_table) = (Table::new(), Table::new());
+    let database = format!("it_{}", Uuid::new_v4().simple());
+    here.client().batch_execute(&format!("CREATE DATABASE {database}")).unwrap();
+    // The same table name, so that they differ in nothing else.
+    let there = Table::of(&format!("{} dbname={database}", here.dsn), &here.name);
+    let tables = [&here, &other_table, &there];
+    let mut guards = tables.map(|table| Some(table.lock("l").lock("holder").unwrap()));
+    let mut waiting = tables.map(|table| Some(waiter(table, "l")));
+    let mut ears = tables.map(|table| Ear::on(table, table.hears("l", 1)[0]));
+    for turn in 0..3 {
+        guards[turn].take().unwrap().unlock().unwrap();
+        let (_lock, thread) = waiting[turn].take().unwrap();
+        assert_eq!(takes_at_most(ms(2_000), "its turn", || thread.join().unwrap()), 2);
+        for (n, ear) in ears.iter_mut().enumerate() {
+            assert_eq!(ear.heard().len(), usize::from(n == turn), "table {n} in turn {turn}");
+        }
+        assert!(waiting.iter().flatten().all(|(_, thread)| !thread.is_finished()));
+    }
+    drop((guards, waiting, ears));
+    eventually("the other database is not used any more", || {
+        here.client().batch_execute(&format!("DROP DATABASE {database}")).is_ok()
+    });
+}
+
+/// Somebody released it by hand, and told nobody.
+#[test]
+fn a_wait_ends_without_a_notification() {
+    let table = Table::new();
+    let ours = table.short_lock("l", ms(1_500), ms(500));
+    let guard = ours.lock("holder").unwrap();
+    let (_lock, waiting) = waiter(&table, "l");
+    table.hears("l", 1);
+    table.execute("UPDATE $T SET released_at = clock_timestamp()");
+    // As soon as the lease that it saw would have ended.
+    assert_eq!(takes_at_most(ms(4_000), "its turn", || waiting.join().unwrap()), 2);
+    drop(guard);
+}
+
+#[test]
+fn a_dead_holders_lock_is_taken_within_half_a_second_of_its_expiry() {
+    let table = Table::new();
+    let mut holder = Process::start("hold", &table, &["l", "worker-1", "2000", "400"]);
+    assert_eq!(holder.expect_line(), "1");
+    let (lock, waiting) = waiter(&table, "l");
+    table.hears("l", 1);
+    holder.signal(Signal::SIGKILL);
+    // What it has sent arrives.
+    holder.wait();
+    eventually("its sessions are gone", || {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%refreshed%' AND query LIKE '%' || $1 || '%' AND pid <> pg_backend_pid()";
+        table.client().query_one(sql, &[&table.name]).unwrap().get::<_, i64>(0) == 0
+    });
+    let expiry = lock.info().unwrap().unwrap().lease_expire_time;
+    assert_eq!(waiting.join().unwrap(), 2);
+    let late = lock.info().unwrap().unwrap().lock_begin_time.duration_since(expiry).expect("not before the expiry");
+    assert!(late < ms(500), "{late:?}");
+}
+
+/// In whatever state the connection that listens is ended, the wait goes on, and ends soon after the release.
+#[test]
+fn the_end_of_the_listening_connection_in_any_state_ends_no_wait() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    let ours = table.lock("l");
+    let wait = || {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("waiter").unwrap().version())
+    };
+    let mut client = table.client();
+    // While it is opened.
+    drop(lock.lock("warm-up").unwrap());
+    proxy.swallow_next_connection();
+    let guard = ours.lock("holder").unwrap();
+    let waiting = wait();
+    guard.unlock().unwrap();
+    takes_at_most(ms(3_000), "opening got stuck", || waiting.join().unwrap());
+    // While nothing happens; just before the release; and just after it.
+    for pause in [Some(ms(300)), Some(Duration::ZERO), None] {
+        let guard = ours.lock("holder").unwrap();
+        let waiting = wait();
+        let channel = table.hears("l", 1)[0];
+        if let Some(pause) = pause {
+            end_listener(&mut client, channel);
+            thread::sleep(pause);
+            guard.unlock().unwrap();
+        } else {
+            guard.unlock().unwrap();
+            end_listener(&mut client, channel);
+        }
+        takes_at_most(ms(3_000), &format!("ended {pause:?} before"), || waiting.join().unwrap());
+    }
+    // Cut in the middle, together with all others.
+    let guard = ours.lock("holder").unwrap();
+    let waiting = wait();
+    table.hears("l", 1);
+    proxy.cut();
+    guard.unlock().unwrap();
+    takes_at_most(ms(3_000), "all were cut", || waiting.join().unwrap());
+}
+
+/// Its packets are swallowed, and nobody says so: a poll finds the lock free.
+#[test]
+fn a_wait_ends_although_the_listening_connection_went_deaf() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    let ours = table.short_lock("l", ms(2_000), ms(500));
+    let guard = ours.lock("holder").unwrap();
+    let waiting = waiting_thread(move || lock.lock("waiter").unwrap().version());
+    table.hears("l", 1);
+    proxy.swallow_open_connections();
+    guard.unlock().unwrap();
+    // The lease that it saw, and a call on a connection that hears nothing either.
+    assert!(takes_at_most(Duration::from_secs(20), "its turn", || waiting.join().unwrap()) >= 2);
+}
+
+#[test]
+fn a_lost_listening_connection_is_reported_once_and_replaced() {
+    let server = Server::start();
+    let table = Table::on(&server.dsn);
+    let mut client = table.client();
+    client.batch_execute("CREATE ROLE waiter LOGIN SUPERUSER PASSWORD 'w'").unwrap();
+    let ours = table.lock("l");
+    let guard = ours.lock("holder").unwrap();
+    let as_waiter = Table::of(&format!("{} user=waiter password=w", table.dsn), &table.name);
+    let mut child = Process::start_with_stderr("wait", &as_waiter, &["l"], Stdio::piped());
+    assert_eq!(child.expect_line(), "waiting");
+    let channel = table.hears("l", 1)[0];
+    // What is open stays open; nothing can be opened.
+    client.batch_execute("ALTER ROLE waiter NOLOGIN").unwrap();
+    end_listener(&mut client, channel);
+    thread::sleep(ms(3_000));
+    assert_eq!(listeners(&mut client, channel), 0);
+    client.batch_execute("ALTER ROLE waiter LOGIN").unwrap();
+    eventually("it listens again", || listeners(&mut client, channel) == 1);
+    thread::sleep(ms(300));
+    guard.unlock().unwrap();
+    assert_eq!(takes_at_most(ms(2_000), "its turn", || child.expect_line()), "2");
+    assert!(child.wait().success());
+    let log = child.stderr();
+    let count = |text: &str| log.lines().filter(|line| line.contains(text)).count();
+    assert_eq!(count("WARN  storage_lock] cannot listen for releases, waiting polls"), 1, "{log}");
+    assert_eq!(count("INFO  storage_lock] listening for releases again"), 1, "{log}");
+    assert_eq!(count("WARN"), 1, "{log}");
+}
+
+/// The first in the row is dead, or stopped: the next one takes the lock after a moment.
+#[test]
+fn a_waiting_process_that_is_killed_or_stopped_costs_the_next_one_a_moment() {
+    let table = Table::new();
+    let ours = table.lock("l");
+    for signal in [Signal::SIGKILL, Signal::SIGSTOP] {
+        let guard = ours.lock("holder").unwrap();
+        let mut first = Process::start("wait", &table, &["l"]);
+        assert_eq!(first.expect_line(), "waiting");
+        table.hears("l", 1);
+        let (_lock, second) = waiter(&table, "l");
+        table.hears("l", 2);
+        first.signal(signal);
+        let version = guard.version();
+        thread::sleep(ms(100));
+        guard.unlock().unwrap();
+        assert_eq!(takes_at_most(ms(2_000), "the second one's turn", || second.join().unwrap()), version + 1);
+        assert!(table.waiters("l").is_empty(), "who didn't come is forgotten");
+        if signal == Signal::SIGSTOP {
+            // It finds the notification when it wakes, and asks.
+            first.signal(Signal::SIGCONT);
+            assert_eq!(first.expect_line(), (version + 2).to_string());
+        }
+    }
+}
+
+#[test]
+fn two_processes_of_eight_threads_each_share_a_lock() {
+    let table = Table::new();
+    table.storage();
+    let mut processes = [0, 1].map(|_| Process::start("take turns", &table, &["8", "4"]));
+    processes.iter_mut().for_each(|process| assert_eq!(process.expect_line(), "ready"));
+    processes.iter_mut().for_each(Process::go_on);
+    let holds = processes
+        .each_mut()
+        .map(|process| -> Vec<u64> { process.expect_line().split(' ').map(|holds| holds.parse().unwrap()).collect() });
+    println!("{holds:?}");
+    let all: u64 = holds.iter().flatten().sum();
+    for of_process in &holds {
+        let sum: u64 = of_process.iter().sum();
+        assert!(4 * sum >= all, "a process had less than a quarter: {holds:?}");
+        let (least, most) = (of_process.iter().min().unwrap(), of_process.iter().max().unwrap());
+        assert!(*most <= 3 * least, "a thread had more than three times as much as another one: {holds:?}");
+    }
+}
+
+/// One that comes again and again, sooner than a notification travels, doesn't get ahead of the one that waits.
+#[test]
+fn who_comes_back_at_once_does_not_starve_who_waits() {
+    let table = Table::new();
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    thread::scope(|scope| {
+        let end = Instant::now() + ms(3_000);
+        let take = move |lock: &StorageLock| {
+            let mut holds = 0_u32;
+            while Instant::now() < end {
+                drop(lock.lock("worker").unwrap());
+                holds += 1;
+            }
+            holds
+        };
+        let (ours, theirs) = (scope.spawn(move || take(&ours)), scope.spawn(move || take(&theirs)));
+        let (ours, theirs) = (ours.join().unwrap(), theirs.join().unwrap());
+        println!("{ours} and {theirs}");
+        assert!(ours * 4 >= ours + theirs && theirs * 4 >= ours + theirs, "{ours} and {theirs}");
+    });
+}
+
+#[test]
+fn a_lock_that_was_promised_to_nobody_alive_is_free_for_one_that_does_not_wait() {
+    let table = Table::new();
+    let guard = table.lock("l").lock("holder").unwrap();
+    table.client().execute(&format!("UPDATE {} SET waiters = $1", table.name), &[&vec![Uuid::new_v4()]]).unwrap();
+    guard.unlock().unwrap();
+    assert!(table.lock("l").try_lock("at once").unwrap().is_some());
+    assert!(table.waiters("l").is_empty());
+}
+
+#[test]
+fn a_wait_goes_on_while_its_row_is_purged() {
+    let table = Table::new();
+    let storage = table.storage();
+    let lock = short_lock(&storage, "l", ms(2_000), ms(300));
+    let guard = lock.lock("holder").unwrap();
+    let (_lock, waiting) = waiter(&table, "l");
+    table.hears("l", 1);
+    table.execute("DELETE FROM $T");
+    assert_eq!(takes_at_most(ms(6_000), "its turn", || waiting.join().unwrap()), 1);
+    drop(guard);
+}
