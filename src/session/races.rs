@@ -331,3 +331,218 @@ fn a_statement_in_another_place_does_nothing() {
     assert!(matches!(session.release(&table.sql, &mine, None, None, false), Err(Fault::Pooled)));
     assert!(session.route.is_pooled.load(Ordering::Relaxed) && !session.is_usable());
 }
+
+/// Runs two closures on two threads, round by round, each beginning at the same moment, and pairs what they return.
+fn race<A: Send, B: Send>(
+    rounds: usize,
+    mut one: impl FnMut(usize) -> A + Send,
+    mut other: impl FnMut(usize) -> B + Send,
+) -> Vec<(A, B)> {
+    let meeting = &Meeting::default();
+    thread::scope(|scope| {
+        let one = scope.spawn(move || (0..rounds).map(|round| (meeting.meet(), one(round)).1).collect::<Vec<A>>());
+        let other = scope.spawn(move || (0..rounds).map(|round| (meeting.meet(), other(round)).1).collect::<Vec<B>>());
+        one.join().unwrap().into_iter().zip(other.join().unwrap()).collect()
+    })
+}
+
+/// Different delays bring the statements of a race to each other in all ways.
+fn delay(steps: usize) {
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_micros(40) * u32::try_from(steps).unwrap() {}
+}
+
+#[test]
+fn a_release_and_a_busy_acquire_at_once_never_miss_each_other() {
+    const ROUNDS: usize = 2_000;
+    let table = Table::new();
+    let claims: Vec<Claim> = (0..ROUNDS).map(|round| claim(&format!("l{round}"), LONG)).collect();
+    let mut holder = session();
+    claims.iter().for_each(|claim| assert!(take(&mut holder, &table.sql, claim).is_some()));
+    let (waiter, mut waiting) = (Uuid::new_v4(), session());
+    let outcomes = race(
+        ROUNDS,
+        |round| {
+            delay(round % 11);
+            holder.release(&table.sql, &claims[round], Some(1), None, false).unwrap().expect("held")
+        },
+        |round| {
+            delay(round % 13);
+            let acquired = waiting.acquire(&table.sql, &claim(&claims[round].lock_id, LONG), Some(waiter)).unwrap();
+            match acquired {
+                Acquired::Busy { is_queued, .. } => assert!(is_queued),
+                Acquired::Taken { .. } | Acquired::Missed => {}
+                Acquired::Absent => panic!("it is there"),
+            }
+            matches!(acquired, Acquired::Busy { .. })
+        },
+    );
+    let waits = outcomes.iter().filter(|(_, waits)| *waits).count();
+    println!("{ROUNDS} rounds: {waits} wait");
+    assert!(outcomes.iter().all(|(told, waits)| *told == u32::from(*waits)), "told or not, without reason");
+    assert!(waits > 50 && waits < ROUNDS - 50, "the race was not one: {waits}");
+}
+
+#[test]
+fn whoever_stands_in_the_row_stays_there_while_the_lock_is_handed_over() {
+    const ROUNDS: usize = 2_000;
+    let table = Table::new();
+    let mut holder = session();
+    let mut mine = claim("l", LONG);
+    let mut version = take(&mut holder, &table.sql, &mine).unwrap().version;
+    let mut waiting = session();
+    let (mut missed, mut in_row) = (0, 0);
+    for (handed, waiter) in race(
+        ROUNDS,
+        |round| {
+            delay(round % 7);
+            let next = claim("l", LONG);
+            // One that is just standing itself into the row has locked it: then it isn't handed over.
+            let handed = holder.hand_over(&table.sql, &mine, version, &next).unwrap();
+            if let Some(granted) = handed {
+                assert_eq!(granted.version, version + 1);
+                (mine, version) = (next, granted.version);
+            }
+            handed.is_some()
+        },
+        |round| {
+            delay(round % 9);
+            let waiter = Uuid::new_v4();
+            let acquired = waiting.acquire(&table.sql, &claim("l", LONG), Some(waiter)).unwrap();
+            assert!(matches!(acquired, Acquired::Busy { is_queued: true, .. } | Acquired::Missed), "{acquired:?}");
+            let is_there = table.count(&format!("'{waiter}' = ANY (waiters)")) == 1;
+            assert!(waiting.withdraw(&table.sql, "l", waiter).unwrap() || is_there);
+            (matches!(acquired, Acquired::Busy { .. }), is_there)
+        },
+    ) {
+        missed += usize::from(!handed);
+        in_row += usize::from(waiter.0);
+        assert_eq!(waiter.0, waiter.1, "the answer and the row differ");
+    }
+    println!("{ROUNDS} rounds: {missed} not handed over, {in_row} in the row");
+    assert!(in_row > ROUNDS * 9 / 10 && missed < ROUNDS / 2, "{in_row} in the row, {missed} not handed over");
+}
+
+#[test]
+fn a_hand_over_is_idempotent_and_names_the_hold() {
+    let table = Table::new();
+    let mut session = session();
+    let [mine, next, another] = [0; 3].map(|_| claim("l", LONG));
+    let version = take(&mut session, &table.sql, &mine).unwrap().version;
+    let mut hand_over = |from: &Claim, version: i64, to: &Claim| {
+        session.hand_over(&table.sql, from, version, to).unwrap().map(|granted| granted.version)
+    };
+    assert_eq!(hand_over(&another, version, &next), None, "another lease is another hold");
+    assert_eq!(hand_over(&mine, version + 1, &next), None);
+    assert_eq!(hand_over(&mine, version, &next), Some(version + 1));
+    assert_eq!(hand_over(&mine, version, &next), Some(version + 1), "a repetition finds what it did");
+    assert_eq!(hand_over(&mine, version, &another), None, "it was handed over already");
+    assert_eq!(hand_over(&next, version + 1, &another), Some(version + 2));
+    assert_eq!(hand_over(&mine, version, &next), None, "and has gone on since");
+    assert_eq!(table.count(&format!("version = {} AND released_at IS NULL", version + 2)), 1);
+    client().batch_execute(&format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table)).unwrap();
+    assert_eq!(hand_over(&another, version + 2, &claim("l", LONG)), None, "what has expired is not handed over");
+}
+
+/// The statements of waiting, one after the other.
+#[test]
+fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
+    let table = Table::new();
+    let mut session = session();
+    let waiters = [0; 3].map(|_| Uuid::new_v4());
+    let [first, second, third] = waiters;
+    let row = || -> Vec<Uuid> {
+        let sql = format!("SELECT coalesce(waiters, '{{}}') FROM {}", table.sql.table);
+        client().query_one(&sql, &[]).unwrap().get(0)
+    };
+    let mine = claim("l", LONG);
+    take(&mut session, &table.sql, &mine).unwrap();
+    for waiter in [first, second, first, third] {
+        let acquired = session.acquire(&table.sql, &claim("l", LONG), Some(waiter)).unwrap();
+        assert!(matches!(acquired, Acquired::Busy { is_queued: true, is_promised: false, .. }), "{acquired:?}");
+    }
+    assert_eq!(row(), waiters, "each stands there once");
+    assert_eq!(session.release(&table.sql, &mine, Some(1), None, false).unwrap(), Some(3));
+    // The second one has to wait for the first, but not for long.
+    let acquired = session.acquire(&table.sql, &claim("l", LONG), Some(second)).unwrap();
+    let Acquired::Busy { is_promised: true, is_queued: true, left, .. } = acquired else { panic!("{acquired:?}") };
+    assert!(left <= sql::GRACE, "{left:?}");
+    let mine = claim("l", LONG);
+    let acquired = session.acquire(&table.sql, &mine, Some(first)).unwrap();
+    let Acquired::Taken { granted: Granted { version: 2, is_wanted: true, .. }, .. } = acquired else {
+        panic!("{acquired:?}")
+    };
+    assert_eq!(row(), [second, third]);
+    // One that waits again stands behind the others.
+    assert_eq!(session.release(&table.sql, &mine, Some(2), Some(first), true).unwrap(), Some(3));
+    assert_eq!(row(), [second, third, first]);
+    // The second one doesn't come. Whoever takes the lock then, the second one has been told, and leaves the row.
+    thread::sleep(sql::GRACE);
+    let mine = claim("l", LONG);
+    assert!(matches!(session.acquire(&table.sql, &mine, Some(third)).unwrap(), Acquired::Taken { .. }));
+    assert_eq!(row(), [first]);
+    // A lease that ran out tells nobody: nobody leaves the row but who takes it.
+    client().batch_execute(&format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table)).unwrap();
+    let mine = claim("l", LONG);
+    assert!(matches!(session.acquire(&table.sql, &mine, Some(third)).unwrap(), Acquired::Taken { .. }));
+    assert_eq!(row(), [first]);
+    // The first of two leaves while the lock is promised to it: the other one is told.
+    session.acquire(&table.sql, &claim("l", LONG), Some(second)).unwrap();
+    let mut ear = client();
+    ear.batch_execute(&format!("LISTEN \"{}\"", sql::channel(second))).unwrap();
+    session.release(&table.sql, &mine, None, None, false).unwrap();
+    assert!(session.withdraw(&table.sql, "l", first).unwrap());
+    let heard: Vec<String> = ear
+        .notifications()
+        .timeout_iter(Duration::from_secs(1))
+        .map(|notification| Ok(notification.payload().to_owned()))
+        .collect()
+        .unwrap();
+    assert_eq!(heard, ["2 l", "1 l"]);
+    // With nobody else there, one that waits again needn't stand in the row.
+    let mine = claim("l", LONG);
+    assert!(matches!(session.acquire(&table.sql, &mine, Some(second)).unwrap(), Acquired::Taken { .. }));
+    assert_eq!(session.release(&table.sql, &mine, None, Some(first), true).unwrap(), Some(0));
+    assert!(row().is_empty());
+}
+
+#[test]
+fn a_takeover_and_a_hand_over_at_the_moment_of_expiry_never_both_succeed() {
+    const ROUNDS: usize = 1_000;
+    let table = Table::new();
+    let (mut holder, mut contender) = (session(), session());
+    let lease = Duration::from_millis(4);
+    let locks: Vec<String> = (0..ROUNDS).map(|round| format!("l{round}")).collect();
+    let held = Mutex::new(None);
+    let started = Meeting::default();
+    let outcomes = race(
+        ROUNDS,
+        |round| {
+            // On a busy machine the answer may take longer than so short a lease.
+            let (short, granted) = loop {
+                let short = claim(&locks[round], lease);
+                if let Some(granted) = take(&mut holder, &table.sql, &short) {
+                    break (short, granted);
+                }
+            };
+            *held.lock().unwrap() = Some(granted.sent);
+            started.meet();
+            while granted.sent.elapsed() < lease - Duration::from_micros(400) {}
+            delay(round % 17);
+            let next = claim(&locks[round], LONG);
+            holder.hand_over(&table.sql, &short, granted.version, &next).unwrap().is_some()
+        },
+        |round| {
+            started.meet();
+            let sent = held.lock().unwrap().unwrap();
+            while sent.elapsed() < lease - Duration::from_micros(400) {}
+            delay(round % 19);
+            take(&mut contender, &table.sql, &claim(&locks[round], LONG)).is_some()
+        },
+    );
+    let (handed, taken): (Vec<bool>, Vec<bool>) = outcomes.into_iter().unzip();
+    let count = |outcomes: &[bool]| outcomes.iter().filter(|outcome| **outcome).count();
+    println!("{ROUNDS} rounds: {} handed over, {} taken over", count(&handed), count(&taken));
+    assert!(handed.iter().zip(&taken).all(|(handed, taken)| !(*handed && *taken)), "two holds at once");
+    assert!(count(&handed) > 20 && count(&taken) > 20, "the race was not one");
+}
