@@ -46,6 +46,21 @@
 //! the lock before it. [`LockGuard::is_held`] compares it with the clock and does nothing else. A hold whose deadline has
 //! passed is lost for good. Refreshes that fail are repeated until then, each on another connection if one is stuck.
 //!
+//! # How waiting works
+//!
+//! Threads of one process that wait for one lock stand in a line, first come, first served. Only the first of them asks the
+//! database, and only while the lock isn't held by its own process, where a release hands it to the next thread in one statement.
+//!
+//! A process that finds a lock busy puts itself into the lock's row, behind others that wait, and listens (`LISTEN`) for the release, on
+//! one connection a storage, beside the pool, which is opened when somebody waits and closed when nobody has for 10 s. Only a
+//! release of a lock that somebody waits for notifies. The released lock is promised to the first process in the row for 100 ms; if it doesn't come, the
+//! others take it. While other processes wait, a process passes the lock among its own threads for 10 ms at most. [`try_lock`](StorageLock::try_lock)
+//! doesn't stand in line: it takes a lock that is free, promised or not, or goes away.
+//!
+//! A waiter also knows when the lease that it saw would end, and asks then: that is how it gets the lock of a holder that died, and
+//! it needs no notification. Where there are none (behind a pooler in transaction mode, or while the connection is lost) waiters ask at growing
+//! intervals of up to a second.
+//!
 //! # Guarantees and limits
 //!
 //! The README lists them, each with its test. In short: while the database keeps its committed data and its clock doesn't jump,
@@ -70,8 +85,8 @@
 //! | level | what |
 //! | --- | --- |
 //! | `error` | nothing |
-//! | `warn` | a hold was lost; a refresh failed and is repeated; a dropped guard could not release its lock. Never in a healthy run |
-//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised |
+//! | `warn` | a hold was lost; a refresh failed and is repeated; a dropped guard could not release its lock; the connection that listens was lost (once, until it is back). Never in a healthy run |
+//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised; listening again |
 //! | `debug` | a lock was acquired, busy or released; a connection was opened; a wait goes on although the database is out of reach |
 //! | `trace` | a lease was refreshed |
 //!

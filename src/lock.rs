@@ -57,9 +57,9 @@ impl StorageLock {
         Ok(StorageLock { storage: storage.clone(), options: Arc::new(options) })
     }
 
-    /// Takes the lock, waiting for as long as it takes.
+    /// Takes the lock, waiting for as long as it takes, in the order in which threads and processes came.
     ///
-    /// A wait survives a database that is out of reach for less than the lease.
+    /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error.
     ///
     /// # Errors
     /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt comes back
@@ -75,7 +75,8 @@ impl StorageLock {
         }
     }
 
-    /// Takes the lock if it is free; `None` if it is busy. Blocks for at most the connect timeout and 5 s.
+    /// Takes the lock if it is free; `None` if it is busy. It doesn't stand in line: a lock that is free, and promised to somebody who
+    /// waits, is taken. Blocks for at most the connect timeout and 5 s.
     ///
     /// # Errors
     /// As [`lock`](Self::lock).
@@ -87,7 +88,8 @@ impl StorageLock {
     /// one too long for the clock is for ever. Blocks for at most half a second longer than `timeout`.
     ///
     /// # Errors
-    /// As [`lock`](Self::lock), and, if the database was out of reach at the end, the last error.
+    /// As [`lock`](Self::lock), and, if the database was out of reach at the end, the last error, or
+    /// [`Error::Timeout`](crate::Error::Timeout) for one that waited behind another thread.
     pub fn try_lock_for(&self, owner_id: &str, timeout: Duration) -> Result<Option<LockGuard>> {
         self.acquire(owner_id, Patience::lasting(timeout))
     }

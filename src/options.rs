@@ -82,7 +82,8 @@ impl PostgresStorageOptions {
     }
 
     /// How many connections there may be, each opened when it is first needed, and closed when its thread had nothing to do for a minute.
-    /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases.
+    /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases. While threads wait for other
+    /// processes there is one more, which listens for releases.
     ///
     /// A connection whose call overran its deadline no longer counts, and is replaced: eight such may be around, and if
     /// the server stays silent, one more every half a minute, up to 64.
