@@ -8,7 +8,7 @@ use storage_lock::{Error, PostgresStorage, StorageLock};
 
 use crate::support::child::Process;
 use crate::support::proxy::Proxy;
-use crate::support::{Table, eventually, ms, short_lock, takes_at_most, waiting_thread, within};
+use crate::support::{Table, eventually, ms, short_lock, takes_at_most, waiting_thread, waits_for, within};
 
 /// A storage whose round trips are counted, and a lock in it.
 fn counted(table: &Table) -> (Proxy, PostgresStorage, StorageLock) {
@@ -114,6 +114,53 @@ fn a_head_that_gives_up_makes_way_for_the_next() {
     });
 }
 
+/// One thread leaves the row for its process, which takes a while, and another one has come meanwhile.
+#[test]
+fn who_joins_while_the_process_leaves_the_row_is_told_all_the_same() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let holder = table.lock("l").lock("holder").unwrap();
+    let mut client = table.client();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| lock.try_lock_for("first", ms(500)).unwrap().is_none());
+        table.hears("l", 1);
+        // Whoever changes the row has to wait.
+        let mut transaction = client.transaction().unwrap();
+        transaction.execute(&format!("SELECT FROM {} FOR UPDATE", table.name), &[]).unwrap();
+        assert!(first.join().unwrap());
+        let leaving = || -> i64 {
+            let sql = "SELECT count(*) FROM pg_stat_activity
+                       WHERE wait_event_type = 'Lock' AND query LIKE '%gone AS%' AND query LIKE '%' || $1 || '%'";
+            table.client().query_one(sql, &[&table.name]).unwrap().get(0)
+        };
+        eventually("the process is leaving", || leaving() == 1);
+        let second = waits_for(&lock);
+        // It finds its process in the row.
+        thread::sleep(ms(300));
+        transaction.commit().unwrap();
+        eventually("the process has left", || leaving() == 0);
+        table.hears("l", 1);
+        holder.unlock().unwrap();
+        assert_eq!(takes_at_most(ms(3_000), "the second one's turn", || second.join().unwrap()), 2);
+    });
+}
+
+/// The holder is dead, and nobody will tell.
+#[test]
+fn who_follows_a_head_that_gave_up_wakes_for_the_end_of_the_lease() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    std::mem::forget(table.short_lock("l", ms(30_000), ms(20_000)).lock("holder").unwrap());
+    table.execute("UPDATE $T SET lease_expire_time = clock_timestamp() + interval '1500 ms'");
+    thread::scope(|scope| {
+        let head = scope.spawn(|| lock.try_lock_for("head", ms(700)).unwrap().is_none());
+        table.hears("l", 1);
+        let next = scope.spawn(|| lock.lock("next").unwrap().version());
+        assert!(head.join().unwrap());
+        assert_eq!(takes_at_most(ms(3_000), "the takeover", || next.join().unwrap()), 2);
+    });
+}
+
 #[test]
 fn a_waiter_that_panics_with_the_lock_in_hand_makes_way_for_the_next() {
     let table = Table::new();
@@ -188,10 +235,7 @@ fn a_hand_over_that_is_stuck_ends_in_time_and_leaves_no_lock_behind() {
     let table = Table::new();
     let lock = table.lock("l");
     let guard = lock.lock("first").unwrap();
-    let waiting = {
-        let lock = lock.clone();
-        waiting_thread(move || lock.lock("second").unwrap().version())
-    };
+    let waiting = waits_for(&lock);
     let mut client = table.client();
     let mut transaction = client.transaction().unwrap();
     transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
@@ -210,10 +254,7 @@ fn a_release_is_not_held_up_by_a_locked_row_and_the_waiter_is() {
     let table = Table::new();
     let lock = table.lock("l");
     let guard = lock.lock("first").unwrap();
-    let waiting = {
-        let lock = lock.clone();
-        waiting_thread(move || lock.lock("second").unwrap().version())
-    };
+    let waiting = waits_for(&lock);
     let mut client = table.client();
     let mut transaction = client.transaction().unwrap();
     transaction.execute(&format!("SELECT FROM {} FOR KEY SHARE", table.name), &[]).unwrap();
@@ -231,10 +272,7 @@ fn only_the_last_guard_of_a_hold_hands_over() {
     let lock = table.lock("l");
     let outer = lock.lock("worker").unwrap();
     let inner = lock.lock("worker").unwrap();
-    let waiting = {
-        let lock = lock.clone();
-        waiting_thread(move || lock.lock("waiter").unwrap().version())
-    };
+    let waiting = waits_for(&lock);
     inner.unlock().unwrap();
     let again = lock.lock("worker").unwrap();
     outer.unlock().unwrap();
@@ -250,10 +288,7 @@ fn a_waiter_behind_a_hold_that_is_lost_goes_on_waiting_for_the_next_holder() {
     let (storage, theirs) = (table.storage(), table.lock("l"));
     let lock = short_lock(&storage, "l", ms(1_500), ms(100));
     let lost = lock.lock("first").unwrap();
-    let waiting = {
-        let lock = lock.clone();
-        waiting_thread(move || lock.lock("second").unwrap().version())
-    };
+    let waiting = waits_for(&lock);
     table.expire("l");
     let taken = theirs.lock("other").unwrap();
     eventually("the loss is noticed", || !lost.is_held());

@@ -14,7 +14,7 @@ use crate::support::child::Process;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::support::{
-    Table, end_listener, eventually, listeners, ms, short_lock, takes_at_most, waiting_thread, within,
+    Table, end_listener, eventually, listeners, ms, short_lock, takes_at_most, waiting_thread, waits_for, within,
 };
 
 /// What an independent client hears on a storage's channel.
@@ -46,18 +46,15 @@ impl Ear {
 /// A lock of a storage of its own, and a thread of it that waits for its turn and releases it at once.
 fn waiter(table: &Table, lock_id: &str) -> (StorageLock, thread::JoinHandle<i64>) {
     let lock = table.lock(lock_id);
-    let waits = lock.clone();
-    (lock, waiting_thread(move || waits.lock("waiter").unwrap().version()))
+    let waiting = waits_for(&lock);
+    (lock, waiting)
 }
 
 #[test]
 fn only_a_release_for_which_another_process_waits_notifies() {
     let table = Table::new();
     let (ours, theirs) = (table.lock("l"), table.lock("l"));
-    let wait = || {
-        let theirs = theirs.clone();
-        waiting_thread(move || theirs.lock("waiter").unwrap().version())
-    };
+    let wait = || waits_for(&theirs);
     let guard = ours.lock("holder").unwrap();
     let waiting = wait();
     let channel = table.hears("l", 1)[0];
@@ -233,10 +230,7 @@ fn the_end_of_the_listening_connection_in_any_state_ends_no_wait() {
     let storage = Table::of(&proxy.dsn, &table.name).storage();
     let lock = StorageLock::new(&storage, "l").unwrap();
     let ours = table.lock("l");
-    let wait = || {
-        let lock = lock.clone();
-        waiting_thread(move || lock.lock("waiter").unwrap().version())
-    };
+    let wait = || waits_for(&lock);
     let mut client = table.client();
     // While it is opened.
     drop(lock.lock("warm-up").unwrap());
@@ -278,7 +272,7 @@ fn a_wait_ends_although_the_listening_connection_went_deaf() {
     let lock = StorageLock::new(&storage, "l").unwrap();
     let ours = table.short_lock("l", ms(2_000), ms(500));
     let guard = ours.lock("holder").unwrap();
-    let waiting = waiting_thread(move || lock.lock("waiter").unwrap().version());
+    let waiting = waits_for(&lock);
     table.hears("l", 1);
     proxy.swallow_open_connections();
     guard.unlock().unwrap();

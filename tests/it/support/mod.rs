@@ -139,6 +139,13 @@ pub fn waiting_thread<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'stati
     thread
 }
 
+/// A thread that waits for a lock, releases it at once, and returns the version of its hold.
+#[track_caller]
+pub fn waits_for(lock: &StorageLock) -> JoinHandle<i64> {
+    let lock = lock.clone();
+    waiting_thread(move || lock.lock("waiter").expect("lock").version())
+}
+
 /// How many sessions listen for a storage, and are ready.
 pub fn listeners(client: &mut Client, waiter: Uuid) -> i64 {
     let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND query = $1";
