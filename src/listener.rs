@@ -64,13 +64,12 @@ impl Listener {
         if state.has_thread || state.is_impossible || state.is_closed {
             return;
         }
-        let (listener, lines, connections) = (Arc::clone(self), Arc::clone(lines), connections.clone());
-        let run = move || {
-            let running = Running(listener, lines);
-            running.run(&connections);
-        };
         state.has_thread = true;
         drop(state);
+        // Dropped with the closure where no thread can be started.
+        let running = Running(Arc::clone(self), Arc::clone(lines));
+        let connections = connections.clone();
+        let run = move || running.run(&connections);
         if let Err(error) = thread::Builder::new().name("lock-listen".to_owned()).spawn(run) {
             log::debug!(target: "storage_lock", "cannot start a thread: {error}");
         }

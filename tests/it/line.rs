@@ -145,6 +145,32 @@ fn who_joins_while_the_process_leaves_the_row_is_told_all_the_same() {
     });
 }
 
+/// It came while the release was on its way, behind which it doesn't stand in the row: it has to ask.
+#[test]
+fn who_joins_while_the_lock_is_released_asks_at_once() {
+    let table = Table::new();
+    let (proxy, _storage, lock) = counted(&table);
+    // It listens already.
+    let holder = table.lock("l").lock("holder").unwrap();
+    let waited = waits_for(&lock);
+    table.hears("l", 1);
+    holder.unlock().unwrap();
+    let version = waited.join().unwrap();
+    let guard = lock.lock("first").unwrap();
+    // Eight processes that don't come.
+    table.execute("UPDATE $T SET waiters = ARRAY(SELECT gen_random_uuid() FROM generate_series(1, 8))");
+    proxy.delay_answers(ms(300));
+    thread::scope(|scope| {
+        let release = scope.spawn(|| guard.unlock().unwrap());
+        thread::sleep(ms(50));
+        let second = waits_for(&lock);
+        proxy.delay_answers(Duration::ZERO);
+        release.join().unwrap();
+        // For as long as the lock is promised to the first of the eight, and not for all of them.
+        assert_eq!(takes_at_most(ms(600), "the second one's turn", || second.join().unwrap()), version + 2);
+    });
+}
+
 /// The holder is dead, and nobody will tell.
 #[test]
 fn who_follows_a_head_that_gave_up_wakes_for_the_end_of_the_lease() {
