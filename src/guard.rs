@@ -77,7 +77,7 @@ impl LockGuard {
             return if self.hold.is_held() { Ok(()) } else { Err(self.hold.lost()) };
         }
         if !self.hold.is_held() {
-            self.storage.lines().end_hold(&self.hold, Instant::now());
+            self.storage.lines().lose_hold(&self.hold);
             if !self.hold.state().is_gone {
                 // A refresh that is stuck may yet renew a lease that nobody wants any more.
                 self.storage.follow_up(Unfinished::new(self.hold.claim.clone(), Some(self.version()), Instant::now()));

@@ -7,6 +7,7 @@
 //! Nothing is lost between an event and a wait: both are under one mutex, and what happens while the head asks is kept until
 //! it has its answer.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
@@ -19,14 +20,12 @@ use crate::hold::Hold;
 use crate::options::LockOptions;
 use crate::session::{Claim, Granted};
 use crate::sql::GRACE;
-use crate::wait::{Patience, pause};
+use crate::wait::{Patience, SLACK, pause};
 use crate::workers::{lock, wait_until};
 
 /// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
 /// hand-over to another process, which costs a millisecond or two, costs little in all; short enough to wait for.
 const TURN: Duration = Duration::from_millis(10);
-/// An answer that has been awaited for longer makes the database count as out of reach.
-const LATE: Duration = Duration::from_millis(500);
 /// After so long at most a waiter asks although nobody told it to.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 
@@ -42,8 +41,9 @@ struct Line {
     /// When the head asks next, unless the lock is this process's.
     ask_at: Instant,
     asking: Option<Asking>,
-    /// How often the answer was that nobody will tell us.
+    /// How often the answer was that nobody will tell us, while the lock stayed with this version.
     rounds: u32,
+    seen: Option<i64>,
     /// It has been seen that the lock is somebody's: those in the line wait, and don't try for the first time.
     is_busy: bool,
     /// This process stands in the row.
@@ -77,6 +77,16 @@ pub(crate) enum Turn {
     Ask,
     /// Its patience is over; if so, for how long the database has been out of reach.
     Over(Option<Duration>),
+}
+
+/// An answer that the lock is somebody else's.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Busy {
+    /// Which hold that is, and for how long, if that is known.
+    pub(crate) version: Option<i64>,
+    pub(crate) left: Option<Duration>,
+    /// This process stands in the row.
+    pub(crate) is_queued: bool,
 }
 
 /// What follows a hold.
@@ -122,15 +132,16 @@ impl Line {
             ask_at: now,
             asking: None,
             rounds: 0,
+            seen: None,
             is_busy: false,
             is_queued: false,
             unreachable_since: None,
         }
     }
 
-    /// Since when nothing has been heard of the database, if it is asked and doesn't answer.
+    /// Since when nothing has been heard of the database, if it is out of reach, or was asked and is late with its answer.
     fn unreachable_since(&self, now: Instant) -> Option<Instant> {
-        let late = self.asking.as_ref().map(|asking| asking.since).filter(|since| now.duration_since(*since) >= LATE);
+        let late = self.asking.as_ref().map(|asking| asking.since).filter(|since| now.duration_since(*since) >= SLACK);
         self.unreachable_since.or(late)
     }
 
@@ -165,10 +176,20 @@ impl Line {
     }
 
     fn begin_hold(&mut self, hold: &Arc<Hold>) {
-        self.hold = Some(Arc::clone(hold));
-        self.is_busy = true;
+        // A thread that was stopped for longer than its lease may come with an older one.
+        if self.hold.as_ref().is_none_or(|newest| newest.version < hold.version) {
+            self.hold = Some(Arc::clone(hold));
+        }
         self.rounds = 0;
         self.unreachable_since = None;
+        self.see_busy();
+    }
+
+    /// It is known now that the lock is somebody's. Those whose patience was over before may go.
+    fn see_busy(&mut self) {
+        if !std::mem::replace(&mut self.is_busy, true) {
+            self.waiters.iter().for_each(|waiter| waiter.wake.notify_one());
+        }
     }
 }
 
@@ -186,21 +207,20 @@ impl Lines {
         line.begin_hold(hold);
     }
 
-    /// A hold is over: released, or lost. The head asks at `ask_at`.
-    pub(crate) fn end_hold(&self, hold: &Arc<Hold>, ask_at: Instant) {
+    /// A hold was lost. The head asks.
+    pub(crate) fn lose_hold(&self, hold: &Arc<Hold>) {
+        // If this process still stands in the row, whoever takes the lock next sends it away.
         let mut lines = lock(&self.0);
-        let Some(line) = lines.get_mut(&hold.claim.lock_id) else { return };
-        // A lost hold may have been followed by another one.
-        if !line.hold.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, hold)) {
-            return;
+        if let Some(line) = lines.get_mut(&hold.claim.lock_id) {
+            let is_queued = line.is_queued;
+            end_hold(&mut lines, hold, Instant::now(), is_queued);
         }
-        line.hold = None;
-        if line.waiters.is_empty() {
-            lines.remove(&hold.claim.lock_id);
-        } else {
-            line.ask_at = line.ask_at.min(ask_at);
-            line.tell(line.ask_at);
-        }
+    }
+
+    /// A hold was released. The head asks at `ask_at`; `is_queued` says whether this process stands in the row now. Returns
+    /// whether it does so for nobody.
+    pub(crate) fn release_hold(&self, hold: &Arc<Hold>, ask_at: Instant, is_queued: bool) -> bool {
+        end_hold(&mut lock(&self.0), hold, ask_at, is_queued)
     }
 
     /// Who is to have the lock after this hold. A process passes a lock on among its own threads, but not for long while others wait.
@@ -226,6 +246,8 @@ impl Lines {
         let line = lines.entry(hold.claim.lock_id.clone()).or_insert_with(|| Line::new(Instant::now()));
         line.begin_hold(hold);
         if !line.waiters.front().is_some_and(|head| Arc::ptr_eq(head, waiter)) {
+            // Its thread may come back at once, and must not enter what is going to be ended.
+            hold.leave();
             return false;
         }
         line.waiters.pop_front();
@@ -262,10 +284,29 @@ impl Lines {
     }
 }
 
+fn end_hold(lines: &mut HashMap<String, Line>, hold: &Arc<Hold>, ask_at: Instant, is_queued: bool) -> bool {
+    let Some(line) = lines.get_mut(&hold.claim.lock_id) else { return is_queued };
+    // A lost hold may have been followed by another one.
+    if !line.hold.as_ref().is_some_and(|newest| Arc::ptr_eq(newest, hold)) {
+        return false;
+    }
+    line.hold = None;
+    line.is_queued = is_queued;
+    if line.waiters.is_empty() {
+        lines.remove(&hold.claim.lock_id);
+        return is_queued;
+    }
+    line.ask_at = line.ask_at.min(ask_at);
+    line.tell(line.ask_at);
+    false
+}
+
 /// A thread's place in a line. It leaves the line when it is dropped.
 pub(crate) struct Place<'a> {
     lines: &'a Lines,
     waiter: Arc<Waiter>,
+    /// When it asked last.
+    asked: Cell<Option<Instant>>,
 }
 
 /// What leaving a line leaves to do.
@@ -291,7 +332,7 @@ impl Lines {
         let mut lines = lock(&self.0);
         let line = lines.entry(options.lock_id.clone()).or_insert_with(|| Line::new(Instant::now()));
         line.waiters.push_back(Arc::clone(&waiter));
-        Place { lines: self, waiter }
+        Place { lines: self, waiter, asked: Cell::new(None) }
     }
 }
 
@@ -308,16 +349,6 @@ impl Place<'_> {
         line.waiters.front().is_some_and(|head| Arc::ptr_eq(head, &self.waiter))
     }
 
-    /// For how long this waiter has waited for a database that has been out of reach since then.
-    fn unreachable_for(&self, since: Instant, now: Instant) -> Duration {
-        now.duration_since(since.max(self.waiter.joined))
-    }
-
-    /// Whether a wait without an end ends nevertheless, because the database has been out of reach for a lease.
-    fn is_hopeless(&self, unreachable: Duration, patience: &Patience) -> bool {
-        *patience == Patience::Forever && unreachable >= self.waiter.lock.lease_expire_after
-    }
-
     /// Waits for something to do.
     pub(crate) fn turn(&self, patience: &Patience) -> Turn {
         let mut lines = lock(&self.lines.0);
@@ -326,26 +357,40 @@ impl Place<'_> {
                 return Turn::Handed(Arc::clone(hold));
             }
             let now = Instant::now();
-            let mut wake = patience.end(now);
-            let (mut is_busy, mut unreachable) = (true, None);
-            if let Some(line) = lines.get_mut(self.lock_id()) {
-                if self.is_head(line) {
-                    let is_ours = line.hold.as_ref().is_some_and(|hold| hold.is_held());
-                    if !is_ours && line.ask_at <= now {
+            let Some(line) = lines.get_mut(self.lock_id()) else { return Turn::Over(None) };
+            let lease = self.waiter.lock.lease_expire_after;
+            // Looks from time to time, whatever happens.
+            let mut wake = patience.end(now).min(now + lease);
+            let since = line.unreachable_since(now).map(|since| since.max(self.waiter.joined));
+            let unreachable = since.map(|since| now.duration_since(since));
+            // One that has asked before has an error to give up with, when it asks next.
+            if let (Patience::Forever, Some(since), None) = (patience, since, self.asked.get()) {
+                if now.duration_since(since) >= lease {
+                    return Turn::Over(unreachable);
+                }
+                wake = wake.min(since + lease);
+            }
+            // Once more after the end, and then no more, whatever is told.
+            let may_ask = !(patience.is_over(now) && self.asked.get().is_some_and(|asked| patience.is_over(asked)));
+            if self.is_head(line) && may_ask {
+                match line.hold.as_ref().filter(|hold| hold.is_held()) {
+                    Some(hold) => wake = wake.min(now + hold.remaining()),
+                    None if line.ask_at <= now => {
+                        self.asked.set(Some(now));
                         line.asking = Some(Asking { since: now, told: None });
                         return Turn::Ask;
                     }
-                    wake = wake.min(if is_ours { wake } else { line.ask_at });
+                    None => wake = wake.min(line.ask_at),
                 }
-                is_busy = line.is_busy;
-                unreachable = line.unreachable_since(now).map(|since| self.unreachable_for(since, now));
             }
             if patience.is_over(now) {
-                // Where nobody has had an answer yet, nobody knows that the lock is busy.
-                return Turn::Over(unreachable.or((!is_busy).then(|| now.duration_since(self.waiter.joined))));
-            }
-            if unreachable.is_some_and(|unreachable| self.is_hopeless(unreachable, patience)) {
-                return Turn::Over(unreachable);
+                // Where nobody has had an answer yet, nobody knows that the lock is busy. It may be just coming.
+                let late = patience.end(now) + SLACK;
+                if line.is_busy || now >= late || line.asking.is_none() {
+                    let waited = now.duration_since(self.waiter.joined);
+                    return Turn::Over(unreachable.or((!line.is_busy).then_some(waited)));
+                }
+                wake = late;
             }
             lines = wait_until(&self.waiter.wake, lines, wake);
         }
@@ -361,14 +406,20 @@ impl Place<'_> {
         line.begin_hold(hold);
     }
 
-    /// The lock is busy for `left`, if that is known. One that stands in the row and listens will be told.
-    pub(crate) fn busy(&self, left: Option<Duration>, is_queued: bool, listens: bool, patience: &Patience) {
+    /// The lock is busy, and this process stands in its row. If it listens it will be told.
+    pub(crate) fn busy(&self, busy: &Busy, listens: bool, patience: &Patience) {
+        let Busy { version, left, is_queued } = *busy;
         let now = Instant::now();
         let mut lines = lock(&self.lines.0);
         let Some(line) = lines.get_mut(self.lock_id()) else { return };
-        line.is_busy = true;
-        line.is_queued |= is_queued;
+        line.see_busy();
+        // Also where the answer is that it doesn't stand there: a try before the last one may have put it there.
+        line.is_queued = true;
         line.unreachable_since = None;
+        if line.seen != version {
+            // A lock that changes hands is worth asking for often.
+            (line.seen, line.rounds) = (version, 0);
+        }
         match left {
             Some(left) if is_queued && listens => line.answered(now + left.min(LONGEST_SILENCE)),
             left => line.ask_again(patience, now, left),
@@ -382,7 +433,9 @@ impl Place<'_> {
         let mut lines = lock(&self.lines.0);
         let Some(line) = lines.get_mut(self.lock_id()) else { return Err(error) };
         let since = *line.unreachable_since.get_or_insert(asked);
-        let is_over = patience.is_over(now) || self.is_hopeless(self.unreachable_for(since, now), patience);
+        let lease = self.waiter.lock.lease_expire_after;
+        let is_hopeless = *patience == Patience::Forever && now.duration_since(since.max(self.waiter.joined)) >= lease;
+        let is_over = patience.is_over(now) || is_hopeless;
         line.ask_again(patience, now, None);
         if is_over || !line.is_busy || !error.is_transient() {
             return Err(error);
@@ -421,6 +474,7 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(30);
+    const BUSY: Busy = Busy { version: Some(1), left: Some(LONG), is_queued: true };
 
     fn options() -> Arc<LockOptions> {
         Arc::new(LockOptions::new("l"))
@@ -448,7 +502,7 @@ mod tests {
         let hold = take(&head, 1);
         // Nobody asks while it is ours, and it is known to be busy.
         assert!(matches!(next.turn(&soon()), Turn::Over(None)));
-        lines.end_hold(&hold, Instant::now());
+        assert!(!lines.release_hold(&hold, Instant::now(), false));
         assert!(matches!(next.turn(&soon()), Turn::Ask));
         let last = lines.join(&options(), "o");
         assert!(matches!(last.turn(&soon()), Turn::Over(_)));
@@ -460,14 +514,14 @@ mod tests {
         let place = lines.join(&options(), "o");
         assert!(matches!(place.turn(&soon()), Turn::Ask));
         lines.was_released("l", 1);
-        place.busy(Some(LONG), true, true, &Patience::Forever);
+        place.busy(&BUSY, true, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Ask));
         // That of the last place doesn't undo that of the first.
         lines.was_released("l", 1);
         lines.was_released("l", 8);
-        place.busy(Some(LONG), true, true, &Patience::Forever);
+        place.busy(&BUSY, true, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(Some(LONG), true, true, &Patience::Forever);
+        place.busy(&BUSY, true, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Over(None)));
         // Another lock's release is none of ours.
         lines.was_released("l2", 1);
@@ -479,7 +533,7 @@ mod tests {
         let lines = Lines::default();
         let place = lines.join(&options(), "o");
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(Some(LONG), true, true, &Patience::Forever);
+        place.busy(&BUSY, true, &Patience::Forever);
         let told = Instant::now();
         lines.was_released("l", 3);
         assert!(matches!(place.turn(&Patience::Forever), Turn::Ask));
@@ -500,7 +554,7 @@ mod tests {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
         assert!(matches!(head.turn(&soon()), Turn::Ask));
-        head.busy(Some(LONG), true, true, &Patience::Forever);
+        head.busy(&BUSY, true, &Patience::Forever);
         assert!(!head.leave(false).is_queued);
         assert!(matches!(next.turn(&soon()), Turn::Over(None)), "it asks what is known");
         assert!(next.leave(false).is_queued);
@@ -538,7 +592,7 @@ mod tests {
         assert!(matches!(lines.successor(&hold), Successor::Others));
         hold.state().is_wanted = false;
         assert!(matches!(lines.successor(&hold), Successor::Waiter(_)), "nobody else waits");
-        lines.end_hold(&hold, Instant::now());
+        assert!(!lines.release_hold(&hold, Instant::now(), false));
         assert!(matches!(lines.successor(&hold), Successor::Unknown));
     }
 
@@ -554,7 +608,7 @@ mod tests {
         assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
         assert!(start.elapsed() < Duration::from_millis(50), "it waits for {:?}", start.elapsed());
         // Once the lock was seen to be busy, what fails is waiting.
-        next.busy(Some(Duration::ZERO), false, false, &Patience::Forever);
+        next.busy(&Busy { left: Some(Duration::ZERO), ..Busy::default() }, false, &Patience::Forever);
         assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
         assert!(next.failed(error(), Instant::now(), &Patience::Forever).is_ok());
         // For as long as a lease.
@@ -572,14 +626,14 @@ mod tests {
         let place = lines.join(&options(), "o");
         assert!(lines.any_waits());
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(Some(LONG), true, true, &Patience::Forever);
+        place.busy(&BUSY, true, &Patience::Forever);
         lines.listening_changed();
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(Some(LONG), true, true, &Patience::Forever);
+        place.busy(&BUSY, true, &Patience::Forever);
         lines.withdrawn("l");
         let hold = take(&place, 1);
         assert!(!lines.any_waits(), "one that waits for its own process doesn't count");
-        lines.end_hold(&hold, Instant::now());
+        assert!(!lines.release_hold(&hold, Instant::now(), false));
         assert!(!lines.any_waits() && lines.0.lock().unwrap().is_empty());
     }
 }

@@ -13,7 +13,7 @@ use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::session::{Claim, LockInformation};
 use crate::storage::{Attempt, PostgresStorage};
-use crate::wait::Patience;
+use crate::wait::{Patience, SLACK};
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.
 ///
@@ -146,8 +146,8 @@ impl StorageLock {
                             waiting.place.took(&hold);
                             return self.guard(hold).map(Some);
                         }
-                        Ok(Attempt::Busy { left, is_queued }) => {
-                            waiting.place.busy(left, is_queued, self.storage.listens(), &patience);
+                        Ok(Attempt::Busy(busy)) => {
+                            waiting.place.busy(&busy, self.storage.listens(), &patience);
                             self.storage.listen();
                         }
                         Err(error) => waiting.place.failed(error, asked, &patience)?,
@@ -172,12 +172,17 @@ impl StorageLock {
                 self.storage.lines().begin_hold(&hold);
                 self.guard(hold).map(Some)
             }
-            Attempt::Busy { .. } => Ok(None),
+            Attempt::Busy(_) => Ok(None),
         }
     }
 
     fn attempt(&self, claim: &Claim, waits: bool, patience: &Patience) -> Result<Attempt> {
-        let deadline = patience.attempt_deadline(Instant::now(), self.storage.longest_call());
+        let now = Instant::now();
+        let mut deadline = patience.attempt_deadline(now, self.storage.longest_call());
+        if waits {
+            // Its patience may have ended while it stood in line.
+            deadline = deadline.min(patience.end(now) + SLACK);
+        }
         self.storage.acquire(claim, waits, self.options.version_miss_retry_times, deadline)
     }
 

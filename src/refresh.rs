@@ -38,7 +38,7 @@ struct EndedByPanic<'a>(&'a PostgresStorage, &'a Arc<Hold>);
 impl Drop for EndedByPanic<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.lines().end_hold(self.1, Instant::now());
+            self.0.lines().lose_hold(self.1);
         }
     }
 }
@@ -64,7 +64,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             // For good: an answer that comes now finds the deadline passed.
             state.term.lose();
             drop(state);
-            storage.lines().end_hold(hold, now);
+            storage.lines().lose_hold(hold);
             log::warn!(target: "storage_lock", "{}", hold.lost());
             return;
         }

@@ -75,6 +75,8 @@ pub(crate) enum Acquired {
     /// Another's, for `left` to go unless it is refreshed or released; or free, and promised to another process for `left`. Of a
     /// waiter, whether it stands in line now: it doesn't where the line is full.
     Busy { version: i64, owner_id: String, left: Duration, is_promised: bool, is_queued: bool },
+    /// Somebody's transaction keeps the row locked.
+    Locked,
     /// Free, but it changed hands, was locked, or couldn't be serialised while the statement ran.
     Missed,
     /// No such lock id has ever been held.
@@ -191,6 +193,9 @@ impl Session {
         );
         let row = match row {
             Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(Acquired::Missed),
+            Err(Fault::Postgres(error)) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                return Ok(Acquired::Locked);
+            }
             row => row?,
         };
         let Some(newest) = row.try_get::<_, Option<i64>>(2)? else { return Ok(Acquired::Absent) };

@@ -10,13 +10,15 @@
 //!   of an acquire of 450 µs. When busy, nothing is written.
 //! - **Refresh** and **release** name the row by lock, version and lease, touch no key column, and are idempotent: a
 //!   repeated release keeps the first one's time, so that a lost answer isn't taken for a lost lease.
-//! - **Waiting** processes stand in the row too, in `waiters`, in the order in which they came: by the random id of their storage, which also
-//!   names the channel on which they listen. A busy acquire of a process that listens puts it there, and only then a
-//!   release notifies: registration and release update the same row, so that one of them sees the other. A released lock is promised to
-//!   the first of them for [`GRACE`]; meanwhile no other process that listens takes it, so that who comes back
-//!   sooner than a notification travels doesn't starve the others. Whoever was told that it is the first leaves the row with the next
-//!   acquire, its own or another's: if it is alive it asks, and stands in line again. So a dead
-//!   process costs the others one [`GRACE`], once.
+//! - **Waiting** processes stand in the row too, in `waiters`, in the order in which they came: by the random id of their
+//!   storage, which also names the channel on which they listen. A busy acquire of a process that waits puts it there, and
+//!   only then a release notifies: registration and release update the same row, so that one of them sees the other.
+//!   Unlike an acquire, a registration waits for the row, though not for long: where a lock is handed over all the time, its
+//!   row is always locked by somebody who is about to commit.
+//! - A released lock is **promised** to the first of the waiters for [`GRACE`]; meanwhile no other one takes it, so that who
+//!   comes back sooner than a notification travels doesn't starve the others. After that whoever stands in line may take it; all
+//!   were told, and ask one [`GRACE`] after the other. The one that takes it sends everybody before it away: who is alive was told,
+//!   asks, and stands in line again. So a dead process costs the others one [`GRACE`], once.
 //! - **Hand-over** is a release and the next acquire in one statement, for two threads of one process.
 //! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
 //! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
@@ -32,8 +34,6 @@ use uuid::Uuid;
 const CHANNEL: &str = "storage_lock_";
 /// How long a released lock is kept for the first of the waiting processes.
 pub(crate) const GRACE: Duration = Duration::from_millis(100);
-/// How many waiting processes a release tells of it: the first, and those who look whether it came.
-const TOLD: u32 = 8;
 /// How many processes may stand in a row. Others ask from time to time.
 const MAX_WAITERS: u32 = 1_000;
 
@@ -139,11 +139,11 @@ impl Sql {
            OR released_at IS NOT NULL
               AND (waiters IS NULL OR $6 IS NULL OR waiters[1] = $6 OR released_at + {grace} <= clock_timestamp()))"
         );
-        // Tells the first of the waiters in the rows of a CTE, each on its channel, at which place it stands.
+        // Tells the waiters in the rows of a CTE, each on its channel, at which place it stands.
         let tell = |rows: &str| {
             format!(
                 "(SELECT count(pg_notify('{CHANNEL}' || waiter, place || ' ' || $1))
-        FROM {rows}, unnest(waiters[1:{TOLD}]) WITH ORDINALITY AS told (waiter, place))"
+        FROM {rows}, unnest(waiters) WITH ORDINALITY AS told (waiter, place))"
             )
         };
         Sql {
@@ -179,7 +179,9 @@ impl Sql {
     UPDATE {table} AS lock
     SET version = lock.version + 1, owner_id = $2, lease_id = $3, lock_begin_time = clock_timestamp(),
         lease_expire_time = {lease}, released_at = NULL,
-        waiters = nullif(array_remove(CASE WHEN lock.released_at IS NULL THEN lock.waiters ELSE lock.waiters[2:] END, $6), '{{}}')
+        waiters = nullif(array_remove(
+            CASE WHEN lock.released_at IS NULL THEN lock.waiters
+                 ELSE lock.waiters[coalesce(array_position(lock.waiters, $6), 1) + 1:] END, $6), '{{}}')
     WHERE lock_id = $1 AND version = (SELECT version FROM free)
     RETURNING version, lease_expire_time, waiters
 ), queued AS (
@@ -187,6 +189,7 @@ impl Sql {
     WHERE $6 IS NOT NULL AND NOT EXISTS (SELECT FROM free)
       AND lock_id = $1 AND version >= (SELECT version FROM cur) AND lease_id <> $3 AND NOT {is_free}
       AND NOT coalesce($6 = ANY (waiters), false) AND coalesce(cardinality(waiters), 0) < {MAX_WAITERS} AND {NOT_DURABLE}
+      AND set_config('lock_timeout', '100', true) IS NOT NULL
     RETURNING 1
 )
 SELECT {here}, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,

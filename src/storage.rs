@@ -11,7 +11,7 @@ use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::follow_up::{FollowUps, Outcome, Unfinished};
 use crate::hold::Hold;
-use crate::line::{Lines, Successor, Waiter};
+use crate::line::{Busy, Lines, Successor, Waiter};
 use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
 use crate::session::{Acquired, Claim, Fault, Found, Granted, LockInformation, Session};
@@ -51,6 +51,13 @@ impl Drop for Inner {
     }
 }
 
+enum HandedOver {
+    Yes,
+    No,
+    /// An earlier try may yet come through.
+    Perhaps,
+}
+
 /// How a hold is given back.
 #[derive(Clone)]
 struct Release {
@@ -65,11 +72,7 @@ struct Release {
 /// What came of an attempt to take a lock.
 pub(crate) enum Attempt {
     Taken(Granted),
-    /// Somebody else's; for how long, if that is known, and whether we stand in line for it now.
-    Busy {
-        left: Option<Duration>,
-        is_queued: bool,
-    },
+    Busy(Busy),
 }
 
 impl PostgresStorage {
@@ -218,7 +221,7 @@ impl PostgresStorage {
             // The try before this one may yet come through. If this one finds its hold, it is ours; if not, it is a stray.
             let may_be_followed_by_a_stray = std::mem::replace(&mut is_repetition, true);
             let attempt = acquire_on(session, &sql, &owned, waiter, misses, deadline)?;
-            if may_be_followed_by_a_stray && matches!(attempt, Attempt::Busy { .. }) {
+            if may_be_followed_by_a_stray && matches!(attempt, Attempt::Busy(_)) {
                 storage.follow_up(Unfinished::new(owned.clone(), None, Instant::now()));
             }
             Ok(attempt)
@@ -226,7 +229,8 @@ impl PostgresStorage {
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let unfinished = move |late: Option<(&mut Session, Attempt)>| match late {
             Some((session, Attempt::Taken(granted))) => storage.undo(session, &sql, owned, granted),
-            Some((_, Attempt::Busy { .. })) => {}
+            Some((_, Attempt::Busy(_))) if waits => storage.withdraw(&owned.lock_id),
+            Some((_, Attempt::Busy(_))) => {}
             None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
         };
         let action = move || format!("acquire lock {describe:?}");
@@ -274,9 +278,10 @@ impl PostgresStorage {
         let mut failures = 0;
         if let Successor::Waiter(next) = &successor {
             match self.hand_over(hold, next, deadline) {
-                Ok(true) => return Ok(()),
-                Ok(false) => {}
-                Err(_) => failures = 1,
+                Ok(HandedOver::Yes) => return Ok(()),
+                Ok(HandedOver::No) => {}
+                // The release finds out.
+                Ok(HandedOver::Perhaps) | Err(_) => failures = 1,
             }
         }
         let waits_again = matches!(successor, Successor::Waiter(_) | Successor::Others);
@@ -284,28 +289,40 @@ impl PostgresStorage {
         let result = self.give_back(hold, waiter, waits_again, failures, deadline);
         // Those before us come first, unless they don't come. One that doesn't stand in line has to ask.
         let before = result.as_ref().map_or(0, |told| if waits_again { told.saturating_sub(1) } else { 0 });
-        if before > 0 {
+        if self.lines().release_hold(hold, Instant::now() + GRACE * before, before > 0) {
+            self.withdraw(&hold.claim.lock_id);
+        } else if before > 0 {
             self.listen();
         }
-        self.lines().end_hold(hold, Instant::now() + GRACE * before);
         result.map(drop)
     }
 
-    /// Hands a hold over; false if it can't be, because it is lost or somebody's transaction has locked its row.
-    fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<bool> {
+    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row.
+    fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<HandedOver> {
         let claim = next.claim();
         let (sql, before, owned) = (Arc::clone(&self.inner.sql), Arc::clone(hold), claim.clone());
-        let call = move |session: &mut Session| session.hand_over(&sql, &before.claim, before.version, &owned);
+        let mut is_repetition = false;
+        let call = move |session: &mut Session| {
+            let was_tried = std::mem::replace(&mut is_repetition, true);
+            Ok((session.hand_over(&sql, &before.claim, before.version, &owned)?, was_tried))
+        };
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
-        let unfinished = move |late: Option<(&mut Session, Option<Granted>)>| match late {
-            Some((session, Some(granted))) => storage.undo(session, &sql, owned, granted),
-            Some((_, None)) => {}
-            None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
+        let unfinished = move |late: Option<(&mut Session, (Option<Granted>, bool))>| match late {
+            Some((session, (Some(granted), _))) => storage.undo(session, &sql, owned, granted),
+            Some((_, (None, false))) => {}
+            // The try before may have locked the row, and come through yet.
+            Some((_, (None, true))) | None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
         };
         let describe = claim.lock_id.clone();
         let action = move || format!("hand over lock {describe:?}");
-        let granted = self.inner.workers.call(Urgency::Urgent, deadline, action, call, unfinished)?;
-        let Some(granted) = granted else { return Ok(false) };
+        let granted = match self.inner.workers.call(Urgency::Urgent, deadline, action, call, unfinished)? {
+            (Some(granted), _) => granted,
+            (None, false) => return Ok(HandedOver::No),
+            (None, true) => {
+                self.follow_up(Unfinished::new(claim, None, Instant::now()));
+                return Ok(HandedOver::Perhaps);
+            }
+        };
         let handed = next.hold(claim, granted, Some(hold));
         if !self.lines().hand(next, &handed) {
             // It has given up meanwhile. Its hold goes on to the next one, and our own is over.
@@ -313,7 +330,7 @@ impl PostgresStorage {
                 log::debug!(target: "storage_lock", "a hold that nobody took up: {}", error.chain());
             }
         }
-        Ok(true)
+        Ok(HandedOver::Yes)
     }
 
     /// Releases a hold that was tried to be ended `failures` times before, and says how many waiting processes were told.
@@ -434,7 +451,7 @@ fn acquire_on(
                 }
                 // The answer took longer than the lease: nothing to trust.
                 session.release(sql, claim, Some(granted.version), None, false)?;
-                return Ok(Attempt::Busy { left: None, is_queued: false });
+                return Ok(Attempt::Busy(Busy::default()));
             }
             Acquired::Busy { version, owner_id, left, is_promised, is_queued } => {
                 let lock_id = &claim.lock_id;
@@ -443,10 +460,10 @@ fn acquire_on(
                     target: "storage_lock",
                     "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}"
                 );
-                return Ok(Attempt::Busy { left: Some(left), is_queued });
+                return Ok(Attempt::Busy(Busy { version: Some(version), left: Some(left), is_queued }));
             }
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
-            Acquired::Missed | Acquired::Absent => return Ok(Attempt::Busy { left: None, is_queued: false }),
+            Acquired::Missed | Acquired::Absent | Acquired::Locked => return Ok(Attempt::Busy(Busy::default())),
         }
     }
 }

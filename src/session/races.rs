@@ -372,7 +372,7 @@ fn a_release_and_a_busy_acquire_at_once_never_miss_each_other() {
             match acquired {
                 Acquired::Busy { is_queued, .. } => assert!(is_queued),
                 Acquired::Taken { .. } | Acquired::Missed => {}
-                Acquired::Absent => panic!("it is there"),
+                Acquired::Locked | Acquired::Absent => panic!("it is there, and nobody keeps it"),
             }
             matches!(acquired, Acquired::Busy { .. })
         },
