@@ -20,7 +20,7 @@ use crate::hold::Hold;
 use crate::options::LockOptions;
 use crate::session::{Claim, Granted};
 use crate::sql::GRACE;
-use crate::wait::{Patience, SLACK, pause};
+use crate::wait::{FIRST_PAUSE, FIRST_PAUSE_OF_THE_DEAF, Patience, SLACK, pause};
 use crate::workers::{lock, wait_until};
 
 /// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
@@ -87,6 +87,14 @@ pub(crate) struct Busy {
     pub(crate) left: Option<Duration>,
     /// This process stands in the row.
     pub(crate) is_queued: bool,
+}
+
+/// Whether notifications come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listening {
+    Now,
+    Soon,
+    Not,
 }
 
 /// What follows a hold.
@@ -169,8 +177,8 @@ impl Line {
     }
 
     /// The head has asked, and nobody will tell it when to ask again: after a pause, and once more when its patience ends.
-    fn ask_again(&mut self, patience: &Patience, now: Instant, left: Option<Duration>) {
-        let next = now + pause(self.rounds, left);
+    fn ask_again(&mut self, patience: &Patience, now: Instant, first_pause: Duration, left: Option<Duration>) {
+        let next = now + pause(first_pause, self.rounds, left);
         self.rounds = self.rounds.saturating_add(1);
         self.answered(if patience.is_over(now) { next } else { next.min(patience.end(now)) });
     }
@@ -407,7 +415,7 @@ impl Place<'_> {
     }
 
     /// The lock is busy, and this process stands in its row. If it listens it will be told.
-    pub(crate) fn busy(&self, busy: &Busy, listens: bool, patience: &Patience) {
+    pub(crate) fn busy(&self, busy: &Busy, listening: Listening, patience: &Patience) {
         let Busy { version, left, is_queued } = *busy;
         let now = Instant::now();
         let mut lines = lock(&self.lines.0);
@@ -421,8 +429,9 @@ impl Place<'_> {
             (line.seen, line.rounds) = (version, 0);
         }
         match left {
-            Some(left) if is_queued && listens => line.answered(now + left.min(LONGEST_SILENCE)),
-            left => line.ask_again(patience, now, left),
+            Some(left) if is_queued && listening == Listening::Now => line.answered(now + left.min(LONGEST_SILENCE)),
+            left if listening == Listening::Not => line.ask_again(patience, now, FIRST_PAUSE_OF_THE_DEAF, left),
+            left => line.ask_again(patience, now, FIRST_PAUSE, left),
         }
     }
 
@@ -436,7 +445,7 @@ impl Place<'_> {
         let lease = self.waiter.lock.lease_expire_after;
         let is_hopeless = *patience == Patience::Forever && now.duration_since(since.max(self.waiter.joined)) >= lease;
         let is_over = patience.is_over(now) || is_hopeless;
-        line.ask_again(patience, now, None);
+        line.ask_again(patience, now, FIRST_PAUSE, None);
         if is_over || !line.is_busy || !error.is_transient() {
             return Err(error);
         }
@@ -514,14 +523,14 @@ mod tests {
         let place = lines.join(&options(), "o");
         assert!(matches!(place.turn(&soon()), Turn::Ask));
         lines.was_released("l", 1);
-        place.busy(&BUSY, true, &Patience::Forever);
+        place.busy(&BUSY, Listening::Now, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Ask));
         // That of the last place doesn't undo that of the first.
         lines.was_released("l", 1);
         lines.was_released("l", 8);
-        place.busy(&BUSY, true, &Patience::Forever);
+        place.busy(&BUSY, Listening::Now, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, true, &Patience::Forever);
+        place.busy(&BUSY, Listening::Now, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Over(None)));
         // Another lock's release is none of ours.
         lines.was_released("l2", 1);
@@ -533,7 +542,7 @@ mod tests {
         let lines = Lines::default();
         let place = lines.join(&options(), "o");
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, true, &Patience::Forever);
+        place.busy(&BUSY, Listening::Now, &Patience::Forever);
         let told = Instant::now();
         lines.was_released("l", 3);
         assert!(matches!(place.turn(&Patience::Forever), Turn::Ask));
@@ -554,7 +563,7 @@ mod tests {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
         assert!(matches!(head.turn(&soon()), Turn::Ask));
-        head.busy(&BUSY, true, &Patience::Forever);
+        head.busy(&BUSY, Listening::Now, &Patience::Forever);
         assert!(!head.leave(false).is_queued);
         assert!(matches!(next.turn(&soon()), Turn::Over(None)), "it asks what is known");
         assert!(next.leave(false).is_queued);
@@ -608,7 +617,7 @@ mod tests {
         assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
         assert!(start.elapsed() < Duration::from_millis(50), "it waits for {:?}", start.elapsed());
         // Once the lock was seen to be busy, what fails is waiting.
-        next.busy(&Busy { left: Some(Duration::ZERO), ..Busy::default() }, false, &Patience::Forever);
+        next.busy(&Busy { left: Some(Duration::ZERO), ..Busy::default() }, Listening::Not, &Patience::Forever);
         assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
         assert!(next.failed(error(), Instant::now(), &Patience::Forever).is_ok());
         // For as long as a lease.
@@ -626,14 +635,111 @@ mod tests {
         let place = lines.join(&options(), "o");
         assert!(lines.any_waits());
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, true, &Patience::Forever);
+        place.busy(&BUSY, Listening::Now, &Patience::Forever);
         lines.listening_changed();
         assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, true, &Patience::Forever);
+        place.busy(&BUSY, Listening::Now, &Patience::Forever);
         lines.withdrawn("l");
         let hold = take(&place, 1);
         assert!(!lines.any_waits(), "one that waits for its own process doesn't count");
         assert!(!lines.release_hold(&hold, Instant::now(), false));
         assert!(!lines.any_waits() && lines.0.lock().unwrap().is_empty());
+    }
+
+    fn hold(version: i64, left: Duration) -> Arc<Hold> {
+        let granted = Granted { left, ..granted(version) };
+        Arc::new(Hold::new(claim(&options(), "o"), granted, LONG, thread::current().id(), granted.sent))
+    }
+
+    #[test]
+    fn one_whose_patience_is_over_asks_once_more_and_no_more() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        let patience = soon();
+        let mut asked_late = 0;
+        while matches!(place.turn(&patience), Turn::Ask) {
+            asked_late += usize::from(patience.is_over(Instant::now()));
+            thread::sleep(Duration::from_millis(5));
+            lines.was_released("l", 1);
+            place.busy(&BUSY, Listening::Now, &patience);
+        }
+        assert!(asked_late <= 1, "asked {asked_late} times");
+    }
+
+    #[test]
+    fn the_end_of_a_hold_wakes_the_head_also_if_nobody_says_so() {
+        let lines = Lines::default();
+        lines.begin_hold(&hold(1, Duration::from_secs(3) + Duration::from_millis(50)));
+        let place = lines.join(&options(), "o");
+        let start = Instant::now();
+        assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask));
+        assert!(start.elapsed() < LONG / 2, "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn an_older_hold_does_not_hide_a_newer_one() {
+        let lines = Lines::default();
+        let (old, new) = (hold(5, LONG), hold(7, LONG));
+        lines.begin_hold(&new);
+        lines.begin_hold(&old);
+        assert_eq!(lines.enter_again("l", "o").expect("the newer one is entered again").version, 7);
+    }
+
+    #[test]
+    fn a_hold_that_nobody_took_up_is_not_entered_again() {
+        let lines = Lines::default();
+        let [first, second] = [0, 1].map(|_| lines.join(&options(), "o"));
+        let hold = take(&first, 1);
+        let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
+        let handed = head.hold(head.claim(), granted(2), Some(&hold));
+        second.leave(false);
+        assert!(!lines.hand(&head, &handed));
+        // This is the thread and the owner for which it was meant.
+        assert!(lines.enter_again("l", "o").is_none());
+    }
+
+    #[test]
+    fn a_place_in_the_row_for_nobody_is_given_up() {
+        let lines = Lines::default();
+        let [first, second] = [0, 1].map(|_| lines.join(&options(), "o"));
+        let hold = take(&first, 1);
+        // Released, and standing in the row for the second one, which leaves before it asks.
+        assert!(!lines.release_hold(&hold, Instant::now() + LONG, true));
+        assert!(second.leave(false).is_queued);
+        // The same, and it has left before.
+        let hold = take(&lines.join(&options(), "o"), 2);
+        assert!(lines.release_hold(&hold, Instant::now() + LONG, true));
+    }
+
+    #[test]
+    fn who_waits_behind_a_patient_head_gives_up_after_a_lease_without_the_database() {
+        let lines = Lines::default();
+        let [head, next] = [0, 1].map(|_| lines.join(&Arc::new(LockOptions::new("l").lease_expire_after(GRACE)), "o"));
+        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        head.busy(&BUSY, Listening::Now, &Patience::Forever);
+        let error = Error::Timeout { action: "ask".to_owned(), waiting_for: "an answer", after: LONG };
+        lines.listening_changed();
+        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        head.failed(error, Instant::now(), &Patience::Until(Instant::now() + LONG)).expect("patient");
+        let start = Instant::now();
+        let Turn::Over(Some(unreachable)) = next.turn(&Patience::Forever) else { panic!("it goes on") };
+        assert!(unreachable >= GRACE && start.elapsed() < LONG / 2, "{unreachable:?}");
+    }
+
+    #[test]
+    fn one_in_a_hurry_waits_for_the_first_answer() {
+        let lines = Lines::default();
+        let [head, hurried] = [0, 1].map(|_| lines.join(&options(), "o"));
+        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        let patience = Patience::Until(Instant::now());
+        thread::scope(|scope| {
+            // The same place, in another thread.
+            let (lines, waiter) = (&lines, Arc::clone(&hurried.waiter));
+            let turn = scope.spawn(move || Place { lines, waiter, asked: Cell::new(None) }.turn(&patience));
+            thread::sleep(Duration::from_millis(20));
+            head.busy(&BUSY, Listening::Now, &Patience::Forever);
+            // Busy, and not an error.
+            assert!(matches!(turn.join().unwrap(), Turn::Over(None)));
+        });
     }
 }

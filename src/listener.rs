@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::connections::Connections;
-use crate::line::Lines;
+use crate::line::{Lines, Listening};
 use crate::session::Session;
 use crate::term::backoff;
 use crate::workers::{lock, wait_until};
@@ -36,6 +36,7 @@ pub(crate) struct Listener {
 struct State {
     has_thread: bool,
     is_on: bool,
+    has_failed: bool,
     /// A pooler is in the way.
     is_impossible: bool,
     is_closed: bool,
@@ -53,8 +54,13 @@ impl Listener {
     }
 
     /// Whether notifications come.
-    pub(crate) fn is_on(&self) -> bool {
-        lock(&self.state).is_on
+    pub(crate) fn listening(&self) -> Listening {
+        let state = lock(&self.state);
+        match (state.is_on, state.is_impossible || state.has_failed) {
+            (true, _) => Listening::Now,
+            (false, false) => Listening::Soon,
+            (false, true) => Listening::Not,
+        }
     }
 
     /// Somebody waits in the lines: starts to listen, if that is possible and not done already.
@@ -82,7 +88,9 @@ impl Listener {
     }
 
     fn set_on(&self, is_on: bool, lines: &Lines) {
-        lock(&self.state).is_on = is_on;
+        let mut state = lock(&self.state);
+        (state.is_on, state.has_failed) = (is_on, false);
+        drop(state);
         lines.listening_changed();
     }
 }
@@ -126,7 +134,8 @@ impl Running {
                 log::warn!(target: "storage_lock", "cannot listen for releases, waiting polls: {why}");
             }
             failures += 1;
-            let state = lock(&listener.state);
+            let mut state = lock(&listener.state);
+            state.has_failed = true;
             if !state.is_closed {
                 drop(wait_until(&listener.closed, state, Instant::now() + backoff(failures)));
             }

@@ -147,7 +147,7 @@ impl StorageLock {
                             return self.guard(hold).map(Some);
                         }
                         Ok(Attempt::Busy(busy)) => {
-                            waiting.place.busy(&busy, self.storage.listens(), &patience);
+                            waiting.place.busy(&busy, self.storage.listening(), &patience);
                             self.storage.listen();
                         }
                         Err(error) => waiting.place.failed(error, asked, &patience)?,

@@ -11,7 +11,7 @@ use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::follow_up::{FollowUps, Outcome, Unfinished};
 use crate::hold::Hold;
-use crate::line::{Busy, Lines, Successor, Waiter};
+use crate::line::{Busy, Lines, Listening, Successor, Waiter};
 use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
 use crate::session::{Acquired, Claim, Fault, Found, Granted, LockInformation, Session};
@@ -201,8 +201,8 @@ impl PostgresStorage {
     }
 
     /// Whether waiters hear of releases.
-    pub(crate) fn listens(&self) -> bool {
-        self.inner.listener.is_on()
+    pub(crate) fn listening(&self) -> Listening {
+        self.inner.listener.listening()
     }
 
     /// Somebody waits for another process: listens for its release, if that is possible.

@@ -6,7 +6,10 @@ use uuid::Uuid;
 
 /// What an attempt that is under way when the caller's time is over may still take.
 pub(crate) const SLACK: Duration = Duration::from_millis(500);
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Long enough to begin to listen meanwhile.
+pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The same for one that can't listen: a lock is promised to it for not much longer.
+pub(crate) const FIRST_PAUSE_OF_THE_DEAF: Duration = Duration::from_millis(16);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// As good as for ever, and an instant that any clock can show.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -52,10 +55,10 @@ impl Patience {
     }
 }
 
-/// How long to pause after the `rounds`-th answer (from 0) that the lock is busy with `left` on its lease: a growing time
-/// with jitter, so that waiters don't ask all at once, but not beyond the end of the lease.
-pub(crate) fn pause(rounds: u32, left: Option<Duration>) -> Duration {
-    let full = FIRST_PAUSE.saturating_mul(1 << rounds.min(8)).min(LONGEST_PAUSE);
+/// How long to pause after the `rounds`-th answer (from 0) that the lock is busy with `left` on its lease: a time that grows
+/// from `first`, with jitter, so that waiters don't ask all at once, but not beyond the end of the lease.
+pub(crate) fn pause(first: Duration, rounds: u32, left: Option<Duration>) -> Duration {
+    let full = first.saturating_mul(1 << rounds.min(8)).min(LONGEST_PAUSE);
     let pause = full / 2 + (full / 2).mul_f64(random_fraction());
     left.map_or(pause, |left| pause.min(left))
 }
@@ -98,7 +101,7 @@ mod tests {
     #[test]
     fn pauses_grow_to_a_second_with_jitter() {
         for (rounds, full) in [(0, 100), (1, 200), (3, 800), (4, 1_000), (u32::MAX, 1_000)] {
-            let pauses: Vec<_> = (0..100).map(|_| pause(rounds, None)).collect();
+            let pauses: Vec<_> = (0..100).map(|_| pause(FIRST_PAUSE, rounds, None)).collect();
             assert!(pauses.iter().all(|pause| (full / 2 * MS..=full * MS).contains(pause)), "{rounds}: {pauses:?}");
             assert!(pauses.iter().any(|pause| *pause != pauses[0]), "no jitter");
         }
@@ -106,6 +109,6 @@ mod tests {
 
     #[test]
     fn a_pause_ends_with_the_lease() {
-        assert_eq!(pause(9, Some(7 * MS)), 7 * MS);
+        assert_eq!(pause(FIRST_PAUSE, 9, Some(7 * MS)), 7 * MS);
     }
 }

@@ -8,6 +8,7 @@ use storage_lock::{Error, PostgresStorage, StorageLock};
 
 use crate::support::child::Process;
 use crate::support::proxy::Proxy;
+use crate::support::server::Server;
 use crate::support::{Table, eventually, ms, short_lock, takes_at_most, waiting_thread, waits_for, within};
 
 /// A storage whose round trips are counted, and a lock in it.
@@ -212,6 +213,76 @@ fn a_hand_over_to_a_waiter_that_gives_up_leaves_no_lock_behind() {
     }
     println!("{got} got it, {gave_up} gave up");
     assert!(got > 20 && gave_up > 20, "the race was not one: {got} got it, {gave_up} gave up");
+}
+
+/// It gave up while the hold was on its way to it, and comes back while that is being given back.
+#[test]
+fn a_waiter_that_gave_up_and_comes_back_does_not_enter_what_was_handed_to_it() {
+    let table = Table::new();
+    let (proxy, _storage, lock) = counted(&table);
+    let theirs = table.lock("l");
+    for _ in 0..3 {
+        let guard = lock.lock("first").unwrap();
+        proxy.delay_answers(ms(200));
+        let comes_back = {
+            let lock = lock.clone();
+            waiting_thread(move || {
+                // Some attempts take too long for their time.
+                std::iter::repeat_with(|| lock.try_lock_for("second", ms(20)).ok()?).flatten().next().unwrap()
+            })
+        };
+        guard.unlock().unwrap();
+        let second = comes_back.join().unwrap();
+        proxy.delay_answers(Duration::ZERO);
+        let row = theirs.info().unwrap().unwrap();
+        assert!(second.is_held() && row.is_held && row.version == second.version(), "{second:?} {row:?}");
+        assert!(theirs.try_lock("somebody").unwrap().is_none());
+        second.unlock().unwrap();
+    }
+}
+
+#[test]
+fn short_timeouts_behind_each_other_find_the_lock_busy_and_nothing_wrong() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let _holder = table.lock("l").lock("holder").unwrap();
+    assert!(lock.try_lock("warm-up").unwrap().is_none());
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                (0..50).for_each(|_| assert!(lock.try_lock_for("hurried", ms(1)).expect("no error").is_none()));
+            });
+        }
+    });
+}
+
+/// The answer to the hand-over is lost while the server is still at it.
+#[test]
+fn a_hand_over_that_comes_through_after_its_repetition_leaves_no_lock_behind() {
+    let server = Server::start();
+    let table = Table::on(&server.dsn);
+    let (proxy, _storage, lock) = counted(&table);
+    let guard = lock.lock("first").unwrap();
+    let second = waits_for(&lock);
+    let mut client = server.client();
+    let mut standby = |name: &str| {
+        client.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).unwrap();
+        client.batch_execute("SELECT pg_reload_conf()").unwrap();
+    };
+    // Durable commits hang.
+    standby("nobody");
+    thread::scope(|scope| {
+        let release = scope.spawn(|| takes_at_most(ms(2_500), "unlock", || guard.unlock()));
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        let mut looking = server.client();
+        eventually("the hand-over hangs", || looking.query_one(sql, &[]).unwrap().get::<_, i64>(0) == 1);
+        proxy.cut();
+        let result = release.join().unwrap();
+        assert!(!result.is_err_and(|error| error.is_lease_lost()), "nobody took it away");
+    });
+    standby("");
+    // Not for the lease of 30 s.
+    takes_at_most(Duration::from_secs(10), "the second one's turn", || second.join().unwrap());
 }
 
 /// The same between processes.

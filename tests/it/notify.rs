@@ -336,6 +336,61 @@ fn a_waiting_process_that_is_killed_or_stopped_costs_the_next_one_a_moment() {
     }
 }
 
+/// A whole deployment that was killed while it waited.
+#[test]
+fn many_dead_processes_in_the_row_cost_a_moment_each_and_are_forgotten() {
+    let table = Table::new();
+    let guard = table.lock("l").lock("holder").unwrap();
+    table.execute("UPDATE $T SET waiters = ARRAY(SELECT gen_random_uuid() FROM generate_series(1, 20))");
+    let (_lock, waiting) = waiter(&table, "l");
+    eventually("it stands behind them", || table.waiters("l").len() == 21);
+    thread::sleep(ms(100));
+    guard.unlock().unwrap();
+    // A tenth of a second for each, and not the rest of the lease of 30 s.
+    takes_at_most(ms(5_000), "its turn", || waiting.join().unwrap());
+    assert!(table.waiters("l").is_empty());
+}
+
+/// Its role has no way to open another connection, as behind a pooler.
+#[test]
+fn a_process_that_cannot_listen_neither_starves_nor_stops_the_others() {
+    let server = Server::start();
+    let table = Table::on(&server.dsn);
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    drop(ours.lock("warm-up").unwrap());
+    let mut client = server.client();
+    client.batch_execute("CREATE ROLE deaf LOGIN SUPERUSER PASSWORD 'w'").unwrap();
+    let deaf = Table::of(&format!("{} user=deaf password=w", table.dsn), &table.name).lock("l");
+    drop(deaf.lock("warm-up").unwrap());
+    client.batch_execute("ALTER ROLE deaf NOLOGIN").unwrap();
+    let end = Instant::now() + Duration::from_secs(5);
+    let take = |lock: &StorageLock| {
+        let mut holds = 0_u32;
+        while Instant::now() < end {
+            drop(lock.lock("worker").unwrap());
+            holds += 1;
+        }
+        holds
+    };
+    let holds = thread::scope(|scope| {
+        [&ours, &theirs, &deaf].map(|lock| scope.spawn(move || take(lock))).map(|thread| thread.join().unwrap())
+    });
+    println!("{holds:?}");
+    assert!(holds.iter().all(|holds| *holds >= 10), "{holds:?}");
+}
+
+#[test]
+fn a_row_that_somebody_keeps_locked_is_busy_and_no_error() {
+    let table = Table::new();
+    let lock = table.lock("l");
+    let _holder = table.lock("l").lock("holder").unwrap();
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.execute(&format!("SELECT FROM {} FOR UPDATE", table.name), &[]).unwrap();
+    takes_at_most(ms(1_500), "the wait", || assert!(lock.try_lock_for("waiter", ms(300)).unwrap().is_none()));
+    transaction.rollback().unwrap();
+}
+
 #[test]
 fn two_processes_of_eight_threads_each_share_a_lock() {
     let table = Table::new();
