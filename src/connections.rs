@@ -90,6 +90,14 @@ impl Connections {
         }
     }
 
+    /// What was left behind since is not needed any more, and would stay open for nobody.
+    fn only(&self, open: PooledConnection<Opener>) -> CheckedOut {
+        while let Some(mut surplus) = self.pool.try_get() {
+            *surplus = Attempt::Failed;
+        }
+        CheckedOut(open)
+    }
+
     /// An open session, before `deadline`. An attempt that an earlier caller left behind may be stuck, so it is awaited
     /// beside a fresh one, whichever is first.
     pub(crate) fn check_out(&self, deadline: Instant) -> Result<CheckedOut> {
@@ -102,7 +110,7 @@ impl Connections {
             }
             let attempt = self.pool.get_timeout(left).map_err(|_| opening_timed_out(started.elapsed()))?;
             match &*attempt {
-                Attempt::Open(session) if session.is_usable() => return Ok(CheckedOut(attempt)),
+                Attempt::Open(session) if session.is_usable() => return Ok(self.only(attempt)),
                 Attempt::Open(_) | Attempt::Failed => {}
                 Attempt::UnderWay { began, .. } => {
                     let is_fresh = *began >= started;
@@ -133,7 +141,7 @@ impl Connections {
             }
             if let Some(open) = open {
                 still_under_way.iter_mut().for_each(|surplus| **surplus = Attempt::Failed);
-                return Ok(CheckedOut(open));
+                return Ok(self.only(open));
             }
             under_way = still_under_way;
             if under_way.is_empty() || deadline <= Instant::now() {

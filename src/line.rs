@@ -185,7 +185,7 @@ impl Line {
 
     fn begin_hold(&mut self, hold: &Arc<Hold>) {
         // A thread that was stopped for longer than its lease may come with an older one.
-        if self.hold.as_ref().is_none_or(|newest| newest.version < hold.version) {
+        if self.hold.as_ref().is_none_or(|newest| newest.version < hold.version || !newest.is_held()) {
             self.hold = Some(Arc::clone(hold));
         }
         self.rounds = 0;
@@ -357,6 +357,11 @@ impl Place<'_> {
         line.waiters.front().is_some_and(|head| Arc::ptr_eq(head, &self.waiter))
     }
 
+    /// The line, unless this waiter was taken out of it with a hold while it asked: then the answer says nothing.
+    fn line_asked<'l>(&self, lines: &'l mut HashMap<String, Line>) -> Option<&'l mut Line> {
+        lines.get_mut(self.lock_id()).filter(|line| self.is_head(line))
+    }
+
     /// Waits for something to do.
     pub(crate) fn turn(&self, patience: &Patience) -> Turn {
         let mut lines = lock(&self.lines.0);
@@ -419,7 +424,7 @@ impl Place<'_> {
         let Busy { version, left, is_queued } = *busy;
         let now = Instant::now();
         let mut lines = lock(&self.lines.0);
-        let Some(line) = lines.get_mut(self.lock_id()) else { return };
+        let Some(line) = self.line_asked(&mut lines) else { return };
         line.see_busy();
         // Also where the answer is that it doesn't stand there: a try before the last one may have put it there.
         line.is_queued = true;
@@ -440,7 +445,7 @@ impl Place<'_> {
     pub(crate) fn failed(&self, error: Error, asked: Instant, patience: &Patience) -> Result<()> {
         let now = Instant::now();
         let mut lines = lock(&self.lines.0);
-        let Some(line) = lines.get_mut(self.lock_id()) else { return Err(error) };
+        let Some(line) = self.line_asked(&mut lines) else { return Ok(()) };
         let since = *line.unreachable_since.get_or_insert(asked);
         let lease = self.waiter.lock.lease_expire_after;
         let is_hopeless = *patience == Patience::Forever && now.duration_since(since.max(self.waiter.joined)) >= lease;
@@ -587,6 +592,26 @@ mod tests {
         assert!(matches!(third.turn(&soon()), Turn::Handed(_)));
         let left = third.leave(false).hold.expect("a hold that was not taken up");
         assert_eq!(left.version, 3);
+    }
+
+    #[test]
+    fn an_answer_to_one_that_was_handed_a_hold_meanwhile_changes_nothing() {
+        let lines = Lines::default();
+        let [first, second, third] = [0, 1, 2].map(|_| lines.join(&options(), "o"));
+        let hold = take(&first, 1);
+        // The second one asks while the lock is ours, because the hold was taken by one that didn't wait.
+        lines.lose_hold(&hold);
+        assert!(matches!(second.turn(&soon()), Turn::Ask));
+        lines.begin_hold(&hold);
+        let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
+        let handed = head.hold(head.claim(), granted(2), Some(&hold));
+        assert!(lines.hand(&head, &handed));
+        assert!(!lines.release_hold(&handed, Instant::now(), false));
+        assert!(matches!(third.turn(&soon()), Turn::Ask));
+        lines.was_released("l", 1);
+        second.busy(&BUSY, Listening::Now, &Patience::Forever);
+        third.busy(&BUSY, Listening::Now, &Patience::Forever);
+        assert!(matches!(third.turn(&soon()), Turn::Ask), "what it was told is lost");
     }
 
     #[test]
