@@ -11,9 +11,9 @@ use nix::unistd::Pid;
 use crate::support::{eventually, takes_at_most};
 
 fn script(command: &[&str]) -> Command {
-    // Started in the background by a shell, these tests ignore the interrupt, and so would the script.
+    // Started in the background by a shell, or by nohup, these tests ignore a signal, and so would the script.
     let mut script = Command::new("env");
-    script.args(["--default-signal=INT", concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/with-postgres.sh")]);
+    script.args(["--default-signal=INT,HUP,TERM", concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/with-postgres.sh")]);
     script.args(command).env_remove("STORAGE_LOCK_POSTGRESQL_DSN").stdout(Stdio::piped()).stdin(Stdio::null());
     script
 }
