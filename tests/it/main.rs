@@ -7,6 +7,7 @@
 // One binary: `pub` is what the modules share.
 #![allow(unreachable_pub)]
 
+#[path = "../support/mod.rs"]
 mod support;
 
 mod connections;
