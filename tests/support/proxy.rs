@@ -1,9 +1,10 @@
-//! A TCP proxy in front of the server, which can lose, swallow and count what goes through it.
+//! A TCP proxy in front of the server, which can lose, swallow, hold back and count what goes through it.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -26,13 +27,43 @@ struct Control {
     cuts: AtomicUsize,
     requests: AtomicUsize,
     connections: AtomicUsize,
-    open: Mutex<Vec<TcpStream>>,
-    /// How long an answer is held back.
-    delay_millis: AtomicU64,
+    /// Both sides of each connection, by its number.
+    open: Mutex<HashMap<usize, [TcpStream; 2]>>,
+    to_server: Way,
+    to_client: Way,
+    is_closed: AtomicBool,
 }
 
+/// What happens to whatever goes in one direction.
+#[derive(Default)]
+struct Way {
+    /// How long each piece is held back.
+    delay_millis: AtomicU64,
+    /// Nothing gets through for now; it comes later, unless the connection is cut before.
+    is_stalled: Mutex<bool>,
+    goes_on: Condvar,
+}
+
+impl Way {
+    fn stalled(&self) -> MutexGuard<'_, bool> {
+        self.is_stalled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stall(&self, is_stalled: bool) {
+        *self.stalled() = is_stalled;
+        self.goes_on.notify_all();
+    }
+
+    fn wait(&self) {
+        thread::sleep(Duration::from_millis(self.delay_millis.load(Ordering::SeqCst)));
+        drop(self.goes_on.wait_while(self.stalled(), |is_stalled| *is_stalled));
+    }
+}
+
+/// Closes all connections when it is dropped.
 pub struct Proxy {
     pub dsn: String,
+    own: SocketAddr,
     control: Arc<Control>,
 }
 
@@ -45,10 +76,11 @@ impl Proxy {
         };
         let port = config.get_ports().first().copied().unwrap_or(5432);
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
-        let own = listener.local_addr().expect("address").port();
+        let own = listener.local_addr().expect("address");
         let password = String::from_utf8(config.get_password().unwrap_or_default().to_vec()).expect("UTF-8");
         let proxied = format!(
-            "host=127.0.0.1 port={own} user={} password='{password}' dbname={}",
+            "host=127.0.0.1 port={} user={} password='{password}' dbname={}",
+            own.port(),
             config.get_user().expect("a user in the DSN"),
             config.get_dbname().expect("a database in the DSN"),
         );
@@ -57,17 +89,19 @@ impl Proxy {
         thread::spawn(move || {
             let mut swallowed = Vec::new();
             for client in listener.incoming().flatten() {
+                if shared.is_closed.load(Ordering::SeqCst) {
+                    break;
+                }
                 let Ok(server) = TcpStream::connect((host.as_str(), port)) else { continue };
                 shared.connections.fetch_add(1, Ordering::SeqCst);
                 if shared.swallows_next.swap(false, Ordering::SeqCst) {
                     swallowed.push(client);
                     continue;
                 }
-                shared.open.lock().unwrap().extend([client.try_clone().unwrap(), server.try_clone().unwrap()]);
                 serve(client, server, &shared);
             }
         });
-        Proxy { dsn: proxied, control }
+        Proxy { dsn: proxied, own, control }
     }
 
     /// From now on nothing gets through, and no connection is closed either.
@@ -78,6 +112,11 @@ impl Proxy {
     /// Lets the next request with these bytes reach the server, and loses the answer.
     pub fn lose_answer_to(&self, bytes: &[u8]) {
         *self.control.cut.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// Forgets what [`lose_answer_to`](Self::lose_answer_to) was told, if it hasn't come to it.
+    pub fn lose_no_answer(&self) {
+        *self.control.cut.lock().unwrap() = None;
     }
 
     /// From now on nothing gets through on the connections that are open, while new ones are served.
@@ -92,13 +131,26 @@ impl Proxy {
 
     /// Holds every answer back for a while.
     pub fn delay_answers(&self, delay: Duration) {
-        self.control.delay_millis.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
+        self.control.to_client.delay_millis.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
+    }
+
+    /// Holds every request back for a while.
+    pub fn delay_requests(&self, delay: Duration) {
+        self.control.to_server.delay_millis.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
+    }
+
+    /// Lets no request, or no answer, through until it is told otherwise; then what was sent meanwhile comes.
+    pub fn stall(&self, requests: bool, answers: bool) {
+        self.control.to_server.stall(requests);
+        self.control.to_client.stall(answers);
     }
 
     /// Cuts every connection, whatever the server is doing for it.
     pub fn cut(&self) {
-        for socket in self.control.open.lock().unwrap().drain(..) {
-            socket.shutdown(Shutdown::Both).ok();
+        for (_, sockets) in self.control.open.lock().unwrap().drain() {
+            for socket in sockets {
+                socket.shutdown(Shutdown::Both).ok();
+            }
         }
     }
 
@@ -118,8 +170,19 @@ impl Proxy {
     }
 }
 
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.control.is_closed.store(true, Ordering::SeqCst);
+        // Wakes the thread that accepts.
+        TcpStream::connect(self.own).ok();
+        self.cut();
+        self.stall(false, false);
+    }
+}
+
 fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     let number = control.connections.load(Ordering::SeqCst);
+    control.open.lock().unwrap().insert(number, [client.try_clone().unwrap(), server.try_clone().unwrap()]);
     client.set_nodelay(true).ok();
     server.set_nodelay(true).ok();
     let is_cutting = Arc::new(AtomicBool::new(false));
@@ -130,6 +193,7 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     thread::spawn(move || {
         let (from, to, control, is_cutting) = to_server;
         copy(from, to, &control, number, |request| {
+            control.to_server.wait();
             if request.ends_with(SYNC) {
                 control.requests.fetch_add(1, Ordering::SeqCst);
             }
@@ -146,7 +210,7 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     thread::spawn(move || {
         let (from, to, control, is_cutting) = to_client;
         copy(from, to, &control, number, |_| {
-            thread::sleep(Duration::from_millis(control.delay_millis.load(Ordering::SeqCst)));
+            control.to_client.wait();
             // The server answered, so that it has committed.
             let is_cut = is_cutting.load(Ordering::SeqCst);
             control.cuts.fetch_add(usize::from(is_cut), Ordering::SeqCst);
@@ -170,6 +234,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, number: usize
     }
     // A proxy that swallows tells nobody that the other side has gone.
     if !is_swallowing() {
+        control.open.lock().unwrap().remove(&number);
         from.shutdown(Shutdown::Both).ok();
         to.shutdown(Shutdown::Both).ok();
     }

@@ -1,0 +1,393 @@
+//! What is done to the workers, the network, the server and the database: drawn from a seed, several at once.
+//!
+//! There are tracks that run beside each other: one for each worker's process, one for each worker's network, one for the
+//! server and one for what is done inside the database. A track does one thing after another.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use postgres::{Client, NoTls};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+use crate::history::{Fault, Kind, Nanos, now};
+use crate::processes::Workers;
+use crate::support::ms;
+use crate::support::proxy::Proxy;
+use crate::support::server::Server;
+use crate::workload::HOT;
+
+/// Something to be done, and for how long.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// Since the beginning.
+    pub at: Duration,
+    pub lasts: Duration,
+    pub hurt: Hurt,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Hurt {
+    // To a worker's process.
+    Kill,
+    StopForLessThanALease,
+    StopForMoreThanALease,
+    /// It forgets a guard and ends.
+    Abandon,
+    /// Its wall clock jumps by an hour.
+    WallClock {
+        is_forward: bool,
+    },
+    // To a worker's network.
+    Cut,
+    LoseAnswer {
+        to: &'static str,
+    },
+    Delay {
+        requests: Duration,
+        answers: Duration,
+    },
+    Stall {
+        requests: bool,
+        answers: bool,
+        then_cuts: bool,
+    },
+    // To the server.
+    Crash,
+    Restart,
+    Freeze,
+    // Inside the database.
+    EndSessions {
+        only_listeners: bool,
+    },
+    TakeAllConnections,
+    KeepSnapshot,
+    LockRow,
+    /// The newest hold of a lock has never been, as after a restore or a failover that lost it.
+    UndoCommit,
+}
+
+/// Which hurts there are, without their details; a seed uses some of them.
+const KINDS: [&str; 16] = [
+    "kill",
+    "short stop",
+    "long stop",
+    "abandon",
+    "wall clock",
+    "cut",
+    "lost answer",
+    "delay",
+    "stall",
+    "crash",
+    "restart",
+    "freeze",
+    "end sessions",
+    "full",
+    "snapshot",
+    "locked row",
+];
+
+impl Hurt {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Hurt::Kill => "kill",
+            Hurt::StopForLessThanALease => "short stop",
+            Hurt::StopForMoreThanALease => "long stop",
+            Hurt::Abandon => "abandon",
+            Hurt::WallClock { .. } => "wall clock",
+            Hurt::Cut => "cut",
+            Hurt::LoseAnswer { .. } => "lost answer",
+            Hurt::Delay { .. } => "delay",
+            Hurt::Stall { .. } => "stall",
+            Hurt::Crash => "crash",
+            Hurt::Restart => "restart",
+            Hurt::Freeze => "freeze",
+            Hurt::EndSessions { .. } => "end sessions",
+            Hurt::TakeAllConnections => "full",
+            Hurt::KeepSnapshot => "snapshot",
+            Hurt::LockRow => "locked row",
+            Hurt::UndoCommit => "undone commit",
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        match self {
+            Hurt::StopForLessThanALease | Hurt::StopForMoreThanALease => Kind::Stopped,
+            Hurt::LoseAnswer { .. } => Kind::LostAnswer,
+            Hurt::WallClock { .. } | Hurt::KeepSnapshot => Kind::Harmless,
+            Hurt::UndoCommit => Kind::Undone(HOT.to_owned()),
+            _ => Kind::Other,
+        }
+    }
+}
+
+/// What is going to be done in a run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// By worker.
+    pub process: Vec<Vec<Planned>>,
+    pub network: Vec<Vec<Planned>>,
+    pub server: Vec<Planned>,
+    pub database: Vec<Planned>,
+    /// The worker whose wall clock can be moved.
+    pub clock: Option<usize>,
+}
+
+impl Plan {
+    /// Draws a plan. Each seed uses about half of what there is, so that what one hurt hides another seed shows.
+    pub fn draw(seed: u64, workers: usize, lasts: Duration, lease: Duration) -> Plan {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut used: Vec<&str> = KINDS.into_iter().filter(|_| random.random_bool(0.5)).collect();
+        if used.is_empty() {
+            used.extend(KINDS);
+        }
+        // It weakens what can be asked for, so it comes in some seeds only.
+        if random.random_bool(0.15) {
+            used.push("undone commit");
+        }
+        let clock = used.contains(&"wall clock").then(|| random.random_range(0..workers));
+        let has = |kind: &str| used.contains(&kind);
+        let mut track = |gap: Duration, draw: &dyn Fn(&mut StdRng) -> Vec<(Hurt, Duration)>| {
+            let (mut planned, mut at) = (Vec::new(), random.random_range(ms(0)..gap));
+            while at < lasts {
+                let choices = draw(&mut random);
+                let Some((hurt, lasts)) = choices.choose(&mut random).copied() else { break };
+                planned.push(Planned { at, lasts, hurt });
+                at += lasts + random.random_range(gap / 4..gap);
+            }
+            planned
+        };
+        let process = (0..workers).map(|worker| {
+            track(ms(2_500), &|random| {
+                let all = [
+                    (Hurt::Kill, random.random_range(ms(0)..ms(600))),
+                    (Hurt::StopForLessThanALease, random.random_range(ms(50)..lease * 3 / 4)),
+                    (Hurt::StopForMoreThanALease, random.random_range(lease * 21 / 20..lease * 3 / 2)),
+                    (Hurt::Abandon, ms(0)),
+                    (Hurt::WallClock { is_forward: random.random_bool(0.5) }, ms(300)),
+                ];
+                let is_possible =
+                    |hurt: &Hurt| has(hurt.name()) && (hurt.name() != "wall clock" || clock == Some(worker));
+                all.into_iter().filter(|(hurt, _)| is_possible(hurt)).collect()
+            })
+        });
+        let process = process.collect();
+        let network = (0..workers).map(|_| {
+            track(ms(1_200), &|random| {
+                let mut delay = || if random.random_bool(0.5) { ms(0) } else { random.random_range(ms(1)..ms(400)) };
+                let delay = Hurt::Delay { requests: delay(), answers: delay() };
+                let which = random.random_range(1..4);
+                let stall =
+                    Hurt::Stall { requests: which & 1 > 0, answers: which & 2 > 0, then_cuts: random.random_bool(0.4) };
+                let to =
+                    ["acquire \"", "refresh \"", "release \"", "hand over \""].choose(random).expect("one of four");
+                let all = [
+                    (Hurt::Cut, ms(0)),
+                    (Hurt::LoseAnswer { to }, ms(200)),
+                    (delay, random.random_range(ms(500)..ms(2_500))),
+                    (stall, random.random_range(ms(100)..lease * 3 / 2)),
+                ];
+                all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
+            })
+        });
+        let network = network.collect();
+        let server = track(ms(5_000), &|random| {
+            let all = [
+                (Hurt::Crash, random.random_range(ms(0)..ms(500))),
+                (Hurt::Restart, ms(0)),
+                (Hurt::Freeze, random.random_range(ms(100)..lease * 5 / 4)),
+            ];
+            all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
+        });
+        let database = track(ms(1_500), &|random| {
+            let all = [
+                (Hurt::EndSessions { only_listeners: random.random_bool(0.3) }, ms(0)),
+                (Hurt::TakeAllConnections, random.random_range(ms(200)..ms(1_500))),
+                (Hurt::KeepSnapshot, random.random_range(ms(500)..ms(3_000))),
+                (Hurt::LockRow, random.random_range(ms(50)..lease * 5 / 4)),
+                (Hurt::UndoCommit, ms(0)),
+            ];
+            all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
+        });
+        Plan { process, network, server, database, clock }
+    }
+
+    /// Everything, in the order of its beginning, with the worker that it is done to.
+    pub fn all(&self) -> Vec<(Option<usize>, &Planned)> {
+        let mut all: Vec<(Option<usize>, &Planned)> = Vec::new();
+        for tracks in [&self.process, &self.network] {
+            for (worker, track) in tracks.iter().enumerate() {
+                all.extend(track.iter().map(|planned| (Some(worker), planned)));
+            }
+        }
+        all.extend(self.server.iter().chain(&self.database).map(|planned| (None, planned)));
+        all.sort_by_key(|(_, planned)| planned.at);
+        all
+    }
+}
+
+/// What there is to hurt.
+pub struct Targets<'a> {
+    pub workers: &'a Workers,
+    pub proxies: &'a [Proxy],
+    pub server: &'a Mutex<Server>,
+    pub dsn: &'a str,
+    pub table: &'a str,
+    /// Says what time it is to the worker whose wall clock can be moved.
+    pub clock_file: PathBuf,
+    pub began: Nanos,
+    pub faults: &'a Mutex<Vec<Fault>>,
+}
+
+impl Targets<'_> {
+    /// Carries a plan out, and returns when the last thing of it is over.
+    pub fn hurt(&self, plan: &Plan, lasts: Duration) {
+        thread::scope(|scope| {
+            for (worker, track) in plan.process.iter().enumerate() {
+                scope.spawn(move || self.run(track, lasts, Some(worker), |planned| self.hurt_process(worker, planned)));
+            }
+            for ((worker, track), proxy) in plan.network.iter().enumerate().zip(self.proxies) {
+                scope.spawn(move || self.run(track, lasts, Some(worker), |planned| hurt_network(proxy, planned)));
+            }
+            scope.spawn(|| self.run(&plan.server, lasts, None, |planned| self.hurt_server(planned)));
+            scope.spawn(|| self.run(&plan.database, lasts, None, |planned| self.hurt_database(planned)));
+        });
+    }
+
+    fn run(&self, track: &[Planned], lasts: Duration, worker: Option<usize>, hurt: impl Fn(&Planned)) {
+        for planned in track {
+            let since = Duration::from_nanos(now() - self.began);
+            if since > lasts {
+                return;
+            }
+            thread::sleep(planned.at.saturating_sub(since));
+            let begin = now();
+            hurt(planned);
+            let what = format!("{:?} for {:?}", planned.hurt, planned.lasts);
+            let fault = Fault { what, kind: planned.hurt.kind(), worker, begin, end: now() };
+            self.faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+        }
+    }
+
+    fn hurt_process(&self, worker: usize, planned: &Planned) {
+        match planned.hurt {
+            Hurt::Kill => {
+                self.workers.kill(worker);
+                thread::sleep(planned.lasts);
+                self.workers.start_again(worker);
+            }
+            Hurt::StopForLessThanALease | Hurt::StopForMoreThanALease => {
+                self.workers.signal(worker, Signal::SIGSTOP);
+                thread::sleep(planned.lasts);
+                self.workers.signal(worker, Signal::SIGCONT);
+            }
+            Hurt::Abandon => self.workers.tell(worker, "abandon"),
+            Hurt::WallClock { is_forward } => {
+                let offset = if is_forward { "+3600" } else { "-3600" };
+                self.set_clock(offset);
+                thread::sleep(planned.lasts);
+                self.set_clock("+0");
+            }
+            _ => unreachable!("{planned:?}"),
+        }
+    }
+
+    pub fn set_clock(&self, offset: &str) {
+        // At once, so that nobody reads half of it.
+        let new = self.clock_file.with_extension("new");
+        fs::write(&new, offset).and_then(|()| fs::rename(&new, &self.clock_file)).expect("set the clock");
+    }
+
+    fn hurt_server(&self, planned: &Planned) {
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        match planned.hurt {
+            Hurt::Crash => {
+                server.ctl(&["stop", "-m", "immediate"]);
+                thread::sleep(planned.lasts);
+                server.ctl(&["start"]);
+            }
+            Hurt::Restart => server.ctl(&["restart", "-m", "fast"]),
+            Hurt::Freeze => {
+                server.freeze();
+                thread::sleep(planned.lasts);
+                server.thaw();
+            }
+            _ => unreachable!("{planned:?}"),
+        }
+    }
+
+    /// What fails here fails because of something else that is being done to the server.
+    fn hurt_database(&self, planned: &Planned) {
+        let Ok(mut client) = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls) else { return };
+        let table = self.table;
+        match planned.hurt {
+            Hurt::EndSessions { only_listeners } => {
+                let which = if only_listeners { "query LIKE 'LISTEN%'" } else { "random() < 0.7" };
+                let sql = format!(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND {which}"
+                );
+                client.batch_execute(&sql).ok();
+            }
+            Hurt::TakeAllConnections => {
+                let mut taken = Vec::new();
+                while let Ok(another) = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls) {
+                    taken.push(another);
+                }
+                thread::sleep(planned.lasts);
+            }
+            Hurt::KeepSnapshot => {
+                let sql = format!("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM {table}");
+                client.batch_execute(&sql).ok();
+                thread::sleep(planned.lasts);
+            }
+            Hurt::LockRow => {
+                let sql = format!("BEGIN; SELECT FROM {table} WHERE lock_id = '{HOT}' FOR UPDATE");
+                client.batch_execute(&sql).ok();
+                thread::sleep(planned.lasts);
+            }
+            Hurt::UndoCommit => {
+                // The row as it was before its newest hold: free, under the version and the lease of another time.
+                let sql = format!(
+                    "UPDATE {table} SET version = version - 1, owner_id = 'before', lease_id = gen_random_uuid(),
+                         lease_expire_time = clock_timestamp(), released_at = clock_timestamp(), waiters = NULL
+                     WHERE lock_id = '{HOT}' AND version > 1"
+                );
+                client.batch_execute(&sql).ok();
+            }
+            _ => unreachable!("{planned:?}"),
+        }
+    }
+}
+
+fn hurt_network(proxy: &Proxy, planned: &Planned) {
+    match planned.hurt {
+        Hurt::Cut => proxy.cut(),
+        Hurt::LoseAnswer { to } => {
+            proxy.lose_answer_to(to.as_bytes());
+            thread::sleep(planned.lasts);
+            proxy.lose_no_answer();
+        }
+        Hurt::Delay { requests, answers } => {
+            proxy.delay_requests(requests);
+            proxy.delay_answers(answers);
+            thread::sleep(planned.lasts);
+            proxy.delay_requests(ms(0));
+            proxy.delay_answers(ms(0));
+        }
+        Hurt::Stall { requests, answers, then_cuts } => {
+            proxy.stall(requests, answers);
+            thread::sleep(planned.lasts);
+            if then_cuts {
+                proxy.cut();
+            }
+            proxy.stall(false, false);
+        }
+        _ => unreachable!("{planned:?}"),
+    }
+}

@@ -1,0 +1,216 @@
+//! A run: workers on a server, hurt by a plan, and judged.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use postgres::{Client, NoTls};
+use uuid::Uuid;
+
+use crate::history::{History, LifeEnd, Row, Written, now};
+use crate::hurt::{Plan, Targets};
+use crate::processes::{Workers, wall_clock};
+use crate::support::ms;
+use crate::support::proxy::Proxy;
+use crate::support::server::Server;
+use crate::verdict::{Counts, Times, Violation, judge};
+use crate::workload::{Setting, register_ddl};
+
+pub const TIMES: Times = Times { lease: ms(2_000), refresh: ms(400), own_lease: ms(15_000) };
+const WORKERS: usize = 3;
+const THREADS: u32 = 3;
+/// How long everything is hurt.
+const FAULTS: Duration = ms(6_000);
+/// After so many violations of a run nobody reads on.
+const SHOWN: usize = 5;
+
+/// What came of a run.
+pub struct Report {
+    pub seed: u64,
+    pub violations: Vec<Violation>,
+    pub counts: Counts,
+    /// Seed, faults and the offending stretches of the history.
+    pub text: String,
+    pub used: Vec<&'static str>,
+}
+
+/// Runs a seed, and judges it when its processes have ended, which the next run needn't wait for.
+pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
+    let plan = Plan::draw(seed, WORKERS, FAULTS, TIMES.lease);
+    let run = Run::new(&format!("seed-{seed}"), locked(server).dsn.clone());
+    let proxies: Vec<Proxy> = (0..WORKERS).map(|_| Proxy::to(&run.dsn)).collect();
+    let dsns = proxies.iter().map(|proxy| proxy.dsn.clone()).collect();
+    let clock_file = run.folder.join("clock");
+    let clock = plan.clock.zip(wall_clock()).map(|(worker, library)| (worker, library, clock_file.clone()));
+    fs::write(&clock_file, "+0").expect("write the clock");
+    let workers = run.start(seed, dsns, clock);
+    let faults = Mutex::default();
+    let targets = Targets {
+        workers: &workers,
+        proxies: &proxies,
+        server,
+        dsn: &run.dsn,
+        table: &run.table,
+        clock_file,
+        began: run.began,
+        faults: &faults,
+    };
+    thread::scope(|scope| {
+        let hurting = scope.spawn(|| targets.hurt(&plan, FAULTS));
+        while !hurting.is_finished() {
+            workers.look_after();
+            thread::sleep(ms(10));
+        }
+    });
+    let mut history = History { begin: run.began, healed: now(), ..History::default() };
+    history.faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
+    history.faults.sort_by_key(|fault| fault.begin);
+    workers.calm_down(TIMES.lease + ms(5_500));
+    workers.stop();
+    let used = plan.all().iter().map(|(_, planned)| planned.hurt.name()).collect();
+    thread::spawn(move || {
+        let report = run.judge(seed, workers, history, used);
+        drop(proxies);
+        report
+    })
+}
+
+pub fn locked(server: &Mutex<Server>) -> std::sync::MutexGuard<'_, Server> {
+    server.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The tables and files of a run.
+pub struct Run {
+    name: String,
+    dsn: String,
+    pub table: String,
+    pub folder: PathBuf,
+    pub began: u64,
+}
+
+impl Run {
+    pub fn new(name: &str, dsn: String) -> Run {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("robustness").join(name);
+        fs::remove_dir_all(&folder).ok();
+        fs::create_dir_all(&folder).expect("make a folder");
+        let table = format!("run_{}", Uuid::new_v4().simple());
+        let mut client = Client::connect(&dsn, NoTls).expect("connect to the server");
+        client.batch_execute(&register_ddl(&table)).expect("create the registers");
+        Run { name: name.to_owned(), dsn, table, folder, began: now() }
+    }
+
+    /// Starts a worker for each DSN.
+    pub fn start(&self, seed: u64, dsns: Vec<String>, clock: Option<(usize, PathBuf, PathBuf)>) -> Workers {
+        let setting = |(worker, dsn): (usize, String)| Setting {
+            dsn: format!("{dsn} connect_timeout=1"),
+            table: self.table.clone(),
+            history: PathBuf::new(),
+            seed,
+            process: 0,
+            threads: THREADS,
+            // One works with the fewest.
+            max_connections: [4, 2, 3].get(worker).copied().unwrap_or(4),
+            lease: TIMES.lease,
+            refresh: TIMES.refresh,
+            own_lease: TIMES.own_lease,
+            began: self.began,
+        };
+        Workers::start(dsns.into_iter().enumerate().map(setting).collect(), &self.folder, clock)
+    }
+
+    /// Waits until all is over, and judges it.
+    pub fn judge(self, seed: u64, workers: Workers, mut history: History, used: Vec<&'static str>) -> Report {
+        let histories: Vec<PathBuf> = {
+            history.lives = workers.end(TIMES.own_lease + Duration::from_secs(20));
+            (0..history.lives.len()).map(|process| self.folder.join(format!("p{process}.jsonl"))).collect()
+        };
+        for (process, path) in histories.iter().enumerate() {
+            history.read(process, path);
+        }
+        history.end_of_the_abandoned();
+        // Whoever died holding a lock holds it for a lease.
+        let settled = history.healed + crate::history::nanos(TIMES.lease + ms(1_000));
+        thread::sleep(Duration::from_nanos(settled.saturating_sub(now())));
+        self.read_tables(&mut history);
+        history.end = now();
+        let (violations, counts) = judge(&history, TIMES);
+        let text = self.text(&history, &violations, counts);
+        if violations.is_empty() {
+            fs::remove_dir_all(&self.folder).ok();
+        }
+        Report { seed, violations, counts, text, used }
+    }
+
+    /// While the next run hurts the server, it may take a few tries.
+    fn read_tables(&self, history: &mut History) {
+        let start = Instant::now();
+        loop {
+            match self.try_to_read_tables() {
+                Ok((rows, written)) => {
+                    (history.rows, history.written) = (rows, written);
+                    return;
+                }
+                Err(error) => assert!(start.elapsed() < Duration::from_secs(60), "cannot read the tables: {error}"),
+            }
+            thread::sleep(ms(100));
+        }
+    }
+
+    fn try_to_read_tables(&self) -> Result<(Vec<Row>, Vec<Written>), postgres::Error> {
+        let table = &self.table;
+        let mut client = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls)?;
+        let sql = format!(
+            "SELECT lock_id, version, released_at IS NULL AND lease_expire_time > clock_timestamp(),
+                    coalesce(cardinality(waiters), 0)::bigint FROM {table}"
+        );
+        let row = |row: &postgres::Row| Row {
+            lock: row.get(0),
+            version: row.get(1),
+            is_held: row.get(2),
+            waiters: row.get(3),
+        };
+        let rows = client.query(&sql, &[])?.iter().map(row).collect();
+        let written = |row: &postgres::Row| Written {
+            lock: row.get(0),
+            order: row.get(1),
+            version: row.get(2),
+            id: row.get::<_, i64>(3).cast_unsigned(),
+        };
+        let sql = format!("SELECT lock, position, version, id FROM {table}_written");
+        let written = client.query(&sql, &[])?.iter().map(written).collect();
+        client.batch_execute(&format!("DROP TABLE {table}, {table}_register, {table}_written"))?;
+        Ok((rows, written))
+    }
+
+    fn text(&self, history: &History, violations: &[Violation], counts: Counts) -> String {
+        let verdict = if violations.is_empty() { "holds" } else { "IS BROKEN" };
+        let mut text = format!("{}: the verdict {verdict}. {counts}\n", self.name);
+        if violations.is_empty() {
+            return text;
+        }
+        writeln!(text, "  histories: {}", self.folder.display()).ok();
+        for (process, life) in history.lives.iter().enumerate() {
+            let end = life.end.map(|end| history.at(end)).unwrap_or_default();
+            let (begin, ending) = (history.at(life.begin), life.ending.unwrap_or(LifeEnd::Other(-1)));
+            writeln!(text, "  p{process} is worker {}: {begin} — {end} ms, {ending:?}", life.worker).ok();
+        }
+        writeln!(text, "  faults, until {} ms:", history.at(history.healed)).ok();
+        for fault in &history.faults {
+            writeln!(text, "    {} — {} ms  {fault}", history.at(fault.begin), history.at(fault.end)).ok();
+        }
+        for violation in violations.iter().take(SHOWN) {
+            writeln!(text, "  {violation}").ok();
+            text += &history.stretch(violation.lock.as_deref(), violation.at);
+        }
+        if violations.len() > SHOWN {
+            writeln!(text, "  and {} more violations", violations.len() - SHOWN).ok();
+            for violation in violations.iter().skip(SHOWN).take(20) {
+                writeln!(text, "    {violation}").ok();
+            }
+        }
+        text
+    }
+}

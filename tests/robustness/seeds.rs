@@ -1,0 +1,64 @@
+//! Many runs, each from a seed.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::processes::wall_clock;
+use crate::run::{Report, run};
+use crate::support::server::Server;
+use crate::verdict::Counts;
+
+/// How many seeds run where nobody says otherwise.
+const SEEDS: u64 = 20;
+/// After so many broken runs it is known that something is broken.
+const ENOUGH: usize = 5;
+
+/// A number from the environment; `scripts/robustness.sh` sets them.
+fn number(name: &str) -> Option<u64> {
+    let value = std::env::var(format!("STORAGE_LOCK_ROBUSTNESS_{name}")).ok()?;
+    Some(value.parse().unwrap_or_else(|_| panic!("STORAGE_LOCK_ROBUSTNESS_{name}={value}: expected a number")))
+}
+
+#[test]
+fn whatever_is_hurt_the_verdict_holds() {
+    if wall_clock().is_none() {
+        println!("libfaketime is not installed: nobody's wall clock is moved");
+    }
+    let (first, minutes) = (number("SEED").unwrap_or(1), number("MINUTES"));
+    let seeds = number("SEEDS").unwrap_or(if minutes.is_some() { u64::MAX } else { SEEDS });
+    let minutes = minutes.map(|minutes| Duration::from_secs(60 * minutes));
+    let server = Arc::new(Mutex::new(Server::start_with(&["-c", "max_connections=80"])));
+    let (start, mut counts, mut used) = (Instant::now(), Counts::default(), BTreeSet::new());
+    let (mut judged, mut broken) = (0, Vec::new());
+    let mut see = |report: Report| {
+        print!("{}", report.text);
+        counts += report.counts;
+        used.extend(report.used);
+        judged += 1;
+        if !report.violations.is_empty() {
+            broken.push(report.seed);
+        }
+        broken.len()
+    };
+    // One run may still be ending while the next one goes on.
+    let mut ending: Vec<JoinHandle<Report>> = Vec::new();
+    for seed in (first..first.saturating_add(seeds)).take_while(|_| minutes.is_none_or(|most| start.elapsed() < most)) {
+        ending.push(run(seed, &server));
+        let mut found = 0;
+        while let Some(over) = ending.iter().position(JoinHandle::is_finished) {
+            found = see(ending.swap_remove(over).join().expect("a report"));
+        }
+        if found >= ENOUGH {
+            break;
+        }
+    }
+    for report in ending {
+        see(report.join().expect("a report"));
+    }
+    println!("{judged} runs in {:?}: {counts}", start.elapsed());
+    println!("hurts: {}", used.iter().copied().collect::<Vec<_>>().join(", "));
+    assert!(broken.is_empty(), "broken in the runs of seeds {broken:?}; scripts/robustness.sh --seed N runs one again");
+    assert!(counts.holds > 0 && judged > 0, "nothing happened");
+}

@@ -1,0 +1,637 @@
+//! The judge: it knows what a lock with a lease promises, and nothing of how this one is made.
+//!
+//! | rule | |
+//! | --- | --- |
+//! | 0 | the history is one: whole, in order, and of the time in which it was made |
+//! | 1 | one owner: no hold is trusted while, or after, a newer one is |
+//! | 2 | versions grow with every hold, in the order of the holds, and belong to one hold each |
+//! | 3 | no write of an older hold comes after one of a newer hold, if its writer trusted its hold until after its answer |
+//! | 4 | after the last fault everybody gets every lock within a lease and 5 s; nothing is left over at the end |
+//! | 5 | no call takes longer than its documentation says |
+//! | 6 | nothing panics, and no error comes that no fault explains |
+//! | 7 | no lock is refused that nobody else wants, where nothing but an answer was lost |
+//! | 8 | no hold is lost before its deadline, nor at its deadline if it could have been refreshed |
+//!
+//! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
+//! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a
+//! violation is one however the clock readings and the calls interleaved. A call without an answer may have
+//! happened, at any time after its start.
+//!
+//! Where commits were undone (a restore, a failover to a standby that lacked them), a lock can't keep rules 1 to 3 across that
+//! moment: they are asked for before it, after it, and, of an owner from before, a lease later.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::time::Duration;
+
+use crate::history::{Call, Ending, Failure, History, Kind, LifeEnd, Nanos, Operation, Outcome, nanos};
+use crate::workload::{HOT, OWN, QUEUE};
+
+/// What is allowed beyond a promised time, on a machine that does other things as well.
+const SLACK: Duration = Duration::from_millis(1_000);
+/// How long everybody may take to get every lock, beyond a lease.
+const RECOVERY: Duration = Duration::from_secs(5);
+/// What it takes to refresh a lease after a fault, beyond the interval.
+const REFRESH_SLACK: Duration = Duration::from_millis(1_000);
+
+/// The times that the workers use.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    pub lease: Duration,
+    pub refresh: Duration,
+    pub own_lease: Duration,
+}
+
+impl Times {
+    fn lease_of(&self, lock: &str) -> Duration {
+        if lock.starts_with(OWN) { self.own_lease } else { self.lease }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Violation {
+    pub rule: u8,
+    pub text: String,
+    pub at: Nanos,
+    pub lock: Option<String>,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rule {}: {}", self.rule, self.text)
+    }
+}
+
+/// What happened, in numbers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    pub holds: usize,
+    /// Holds that followed one which its owner did not give back.
+    pub takeovers: usize,
+    pub lost: usize,
+    pub calls: usize,
+    pub unanswered: usize,
+    pub faults: usize,
+    pub kills: usize,
+    /// Writes of an older hold after one of a newer one, all by writers that had lost, or could not know: what a fence is for.
+    pub late_writes: usize,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.holds += other.holds;
+        self.takeovers += other.takeovers;
+        self.lost += other.lost;
+        self.calls += other.calls;
+        self.unanswered += other.unanswered;
+        self.faults += other.faults;
+        self.kills += other.kills;
+        self.late_writes += other.late_writes;
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, late_writes } = self;
+        write!(
+            f,
+            "{holds} holds, {takeovers} takeovers, {lost} losses, {calls} calls ({unanswered} unanswered), \
+             {faults} faults ({kills} kills), {late_writes} late writes"
+        )
+    }
+}
+
+/// One hold, as its thread saw it.
+struct Hold<'a> {
+    lock: &'a str,
+    version: i64,
+    acquire: &'a Operation,
+    looks: Vec<&'a Operation>,
+    release: Option<&'a Operation>,
+    /// Since then at the latest it was trusted.
+    trusted_from: Option<Nanos>,
+    /// Until then at least.
+    trusted_until: Nanos,
+    /// The last time at which it was trusted for certain, and what it was told then.
+    last_trusted: Option<(Nanos, Nanos)>,
+    /// When it was first seen to be lost.
+    lost_at: Option<&'a Operation>,
+}
+
+impl<'a> Hold<'a> {
+    fn new(history: &History, acquire: &'a Operation, version: i64, of_hold: &[&'a Operation]) -> Hold<'a> {
+        let is_look = |operation: &&&Operation| matches!(operation.call, Call::Look { .. });
+        let looks: Vec<&Operation> = of_hold.iter().filter(is_look).copied().collect();
+        let release = of_hold.iter().find(|operation| matches!(operation.call, Call::Release { .. })).copied();
+        let held = |look: &&Operation| match &look.end {
+            Some((end, Outcome::Held(remaining))) => Some((look.begin, *end, look.begin + remaining)),
+            _ => None,
+        };
+        let trusted_from = looks.iter().find_map(held).map(|(_, end, _)| end);
+        let last_trusted = looks.iter().rev().find_map(held).map(|(begin, _, deadline)| (begin, deadline));
+        let is_lost = |look: &&&Operation| look.outcome() == Some(&Outcome::NotHeld);
+        let lost_at = looks.iter().find(is_lost).copied();
+        let mut trusted_until = looks.iter().filter_map(held).map(|(_, _, deadline)| deadline).max().unwrap_or(0);
+        if let (Some((last, _)), Some(lost)) = (last_trusted, lost_at)
+            && lost.end.as_ref().is_some_and(|(end, _)| *end < trusted_until)
+        {
+            // Told so before its deadline.
+            trusted_until = last;
+        }
+        let death = history.lives[acquire.process].end;
+        for end in [release.map(|release| release.begin), death].into_iter().flatten() {
+            trusted_until = trusted_until.min(end);
+        }
+        let lock = acquire.call.lock().unwrap_or_default();
+        Hold { lock, version, acquire, looks, release, trusted_from, trusted_until, last_trusted, lost_at }
+    }
+
+    fn was_given_back(&self) -> bool {
+        self.release.is_some_and(|release| {
+            release.outcome() == Some(&Outcome::Done)
+                && !matches!(release.call, Call::Release { how: Ending::Abandon, .. })
+                && self.lost_at.is_none()
+        })
+    }
+
+    fn name(&self) -> String {
+        format!("version {} (p{}.{})", self.version, self.acquire.process, self.acquire.thread)
+    }
+}
+
+struct Judge<'a> {
+    history: &'a History,
+    times: Times,
+    /// By lock.
+    holds: BTreeMap<&'a str, Vec<Hold<'a>>>,
+    violations: Vec<Violation>,
+    counts: Counts,
+}
+
+/// Judges a run.
+pub fn judge(history: &History, times: Times) -> (Vec<Violation>, Counts) {
+    let mut judge = Judge { history, times, holds: holds(history), violations: Vec::new(), counts: Counts::default() };
+    judge.count();
+    judge.the_history_is_one();
+    judge.one_owner();
+    judge.versions_grow();
+    judge.no_stale_write();
+    judge.everybody_recovers();
+    judge.nothing_is_left();
+    judge.no_call_takes_too_long();
+    judge.nothing_unexpected();
+    judge.nothing_refused_for_nothing();
+    judge.no_hold_lost_for_nothing();
+    judge.violations.sort_by_key(|violation| (violation.rule, violation.at));
+    (judge.violations, judge.counts)
+}
+
+fn holds(history: &History) -> BTreeMap<&str, Vec<Hold<'_>>> {
+    // A thread has one hold at a time, so that a version of a lock names its hold even if it came twice.
+    let mut of_thread: HashMap<(usize, u32), Vec<&Operation>> = HashMap::new();
+    for operation in &history.operations {
+        of_thread.entry((operation.process, operation.thread)).or_default().push(operation);
+    }
+    let mut holds: BTreeMap<&str, Vec<Hold<'_>>> = BTreeMap::new();
+    for operations in of_thread.values() {
+        let starts = operations.iter().enumerate();
+        for (index, version) in starts.filter_map(|(index, operation)| Some((index, operation.taken()?))) {
+            let rest = operations.get(index + 1..).unwrap_or_default();
+            let length = rest.iter().take_while(|operation| operation.call.version() == Some(version)).count();
+            let hold = Hold::new(history, operations[index], version, rest.get(..length).unwrap_or_default());
+            holds.entry(hold.lock).or_default().push(hold);
+        }
+    }
+    holds
+}
+
+impl<'a> Judge<'a> {
+    fn violated(&mut self, rule: u8, at: Nanos, lock: Option<&str>, text: String) {
+        self.violations.push(Violation { rule, text, at, lock: lock.map(str::to_owned) });
+    }
+
+    fn count(&mut self) {
+        let (history, counts) = (self.history, &mut self.counts);
+        counts.calls = history.operations.len();
+        counts.unanswered = history.operations.iter().filter(|operation| operation.end.is_none()).count();
+        counts.faults = history.faults.len();
+        counts.kills = history.lives.iter().filter(|life| life.ending == Some(LifeEnd::Killed)).count();
+        for holds in self.holds.values_mut() {
+            holds.sort_by_key(|hold| (hold.version, hold.acquire.begin));
+            counts.holds += holds.len();
+            counts.lost += holds.iter().filter(|hold| hold.lost_at.is_some()).count();
+            let pairs = holds.windows(2);
+            counts.takeovers += pairs.filter(|pair| matches!(pair, [before, _] if !before.was_given_back())).count();
+        }
+    }
+
+    /// When commits on a lock were undone: the moment just before, and just after.
+    fn undone(&self, lock: &str) -> impl Iterator<Item = (Nanos, Nanos)> + use<'a> {
+        let kind = Kind::Undone(lock.to_owned());
+        self.history.faults.iter().filter(move |fault| fault.kind == kind).map(|fault| (fault.begin, fault.end))
+    }
+
+    /// Whether commits were undone after the first began and before the second was over.
+    fn is_undone_between(&self, lock: &str, first: &Operation, second: &Operation) -> bool {
+        let until = |operation: &Operation| operation.end.as_ref().map_or(Nanos::MAX, |(end, _)| *end);
+        let (from, until) = (first.begin.min(second.begin), until(first).max(until(second)));
+        self.undone(lock).any(|(begin, end)| end > from && begin < until)
+    }
+
+    fn the_history_is_one(&mut self) {
+        let history = self.history;
+        let mut last: HashMap<(usize, u32), &Operation> = HashMap::new();
+        for operation in &history.operations {
+            let (begin, end) = (operation.begin, operation.end.as_ref().map_or(history.end, |(end, _)| *end));
+            let life = &history.lives[operation.process];
+            if begin < life.begin || end > history.end || end < begin || begin > history.end {
+                let text = format!("{:?} began at {begin} and ended at {end}, out of its time", operation.call);
+                self.violated(0, begin, operation.call.lock(), text);
+            }
+            if let Some(before) = last.insert((operation.process, operation.thread), operation) {
+                let is_over = before.end.as_ref().is_some_and(|(end, _)| *end <= begin);
+                if !is_over {
+                    let text = format!("{:?} began while its thread was in {:?}", operation.call, before.call);
+                    self.violated(0, begin, operation.call.lock(), text);
+                }
+            }
+            if let Call::Look { lock, version }
+            | Call::Write { lock, version, .. }
+            | Call::Release { lock, version, .. } = &operation.call
+            {
+                let of_lock = self.holds.get(lock.as_str());
+                let is_known = of_lock.is_some_and(|holds| holds.iter().any(|hold| hold.version == *version));
+                if !is_known {
+                    self.violated(0, begin, Some(lock), format!("{:?} of a hold that nobody took", operation.call));
+                }
+            }
+        }
+        // What the database acknowledged is there, once, and what is there was sent.
+        let there: HashMap<u64, usize> = history.written.iter().fold(HashMap::new(), |mut there, written| {
+            *there.entry(written.id).or_default() += 1;
+            there
+        });
+        let mut sent = HashSet::new();
+        for operation in &history.operations {
+            let Call::Write { lock, id, .. } = &operation.call else { continue };
+            sent.insert(*id);
+            let times = there.get(id).copied().unwrap_or_default();
+            if operation.outcome() == Some(&Outcome::Done) && times != 1 {
+                let text = format!("{:?} was acknowledged and is there {times} times", operation.call);
+                self.violated(0, operation.begin, Some(lock), text);
+            }
+        }
+        for written in history.written.iter().filter(|written| !sent.contains(&written.id)) {
+            self.violated(0, history.end, Some(&written.lock), format!("{written:?} was never sent"));
+        }
+    }
+
+    fn one_owner(&mut self) {
+        let mut found = Vec::new();
+        for (lock, holds) in &self.holds {
+            let lease = nanos(self.times.lease_of(lock) + SLACK);
+            // By version: the older hold that was trusted for longest.
+            let mut older: Option<&Hold<'_>> = None;
+            for hold in holds {
+                if let (Some(older), Some(from)) = (older, hold.trusted_from)
+                    && older.version < hold.version
+                    && older.trusted_until > from
+                {
+                    let until = older.trusted_until.min(hold.trusted_until.max(from));
+                    let is_excused = self.is_undone_between(lock, older.acquire, hold.acquire)
+                        && self.undone(lock).all(|(_, end)| until < end + lease);
+                    if !is_excused {
+                        let (older_name, name) = (older.name(), hold.name());
+                        let at = |at| self.history.at(at);
+                        let (begin, until) = (at(older.trusted_from.unwrap_or_default()), at(older.trusted_until));
+                        let text = format!(
+                            "two owners of {lock:?}: {older_name} was trusted from {begin} to {until} ms, and the newer {name} \
+                             from {} ms on",
+                            at(from)
+                        );
+                        found.push((from, *lock, text));
+                    }
+                }
+                if hold.trusted_from.is_some() && older.is_none_or(|older| older.trusted_until < hold.trusted_until) {
+                    older = Some(hold);
+                }
+            }
+        }
+        for (at, lock, text) in found {
+            self.violated(1, at, Some(lock), text);
+        }
+    }
+
+    fn versions_grow(&mut self) {
+        let mut found = Vec::new();
+        for (lock, holds) in &self.holds {
+            for pair in holds.windows(2) {
+                let [first, second] = pair else { continue };
+                if first.version == second.version && !self.is_undone_between(lock, first.acquire, second.acquire) {
+                    let text = format!("{lock:?}: {} and {} are one version", first.name(), second.name());
+                    found.push((second.acquire.begin, *lock, text));
+                }
+            }
+            // Who asked after another one had got the lock gets a greater version.
+            let mut by_begin: Vec<&Hold<'_>> = holds.iter().collect();
+            by_begin.sort_by_key(|hold| hold.acquire.begin);
+            let mut by_end = by_begin.clone();
+            by_end.sort_by_key(|hold| hold.acquire.end.as_ref().map(|(end, _)| *end));
+            let (mut ended, mut greatest) = (by_end.into_iter().peekable(), None::<&Hold<'_>>);
+            for hold in by_begin {
+                let is_before =
+                    |other: &&Hold<'_>| other.acquire.end.as_ref().is_some_and(|(end, _)| *end < hold.acquire.begin);
+                while let Some(other) = ended.next_if(is_before) {
+                    let is_new_era =
+                        greatest.is_some_and(|greatest| self.is_undone_between(lock, greatest.acquire, other.acquire));
+                    if is_new_era || greatest.is_none_or(|greatest| greatest.version < other.version) {
+                        greatest = Some(other);
+                    }
+                }
+                if let Some(before) = greatest
+                    && before.version > hold.version
+                    && !self.is_undone_between(lock, before.acquire, hold.acquire)
+                {
+                    let text = format!("{lock:?}: {} was taken after {}", hold.name(), before.name());
+                    found.push((hold.acquire.begin, *lock, text));
+                }
+            }
+            let row = self.history.rows.iter().find(|row| row.lock == *lock);
+            let newest = holds.iter().map(|hold| hold.version).max();
+            if let (Some(row), Some(newest)) = (row, newest)
+                && row.version < newest
+                && self.undone(lock).next().is_none()
+            {
+                let text = format!("{lock:?} ends with version {} and had version {newest}", row.version);
+                found.push((self.history.end, *lock, text));
+            }
+        }
+        for (at, lock, text) in found {
+            self.violated(2, at, Some(lock), text);
+        }
+    }
+
+    fn no_stale_write(&mut self) {
+        let mut by_lock: BTreeMap<&str, Vec<&crate::history::Written>> = BTreeMap::new();
+        for written in &self.history.written {
+            by_lock.entry(&written.lock).or_default().push(written);
+        }
+        let ids = self.history.operations.iter().filter_map(|operation| match operation.call {
+            Call::Write { id, .. } => Some((id, operation)),
+            _ => None,
+        });
+        let writes: HashMap<u64, &Operation> = ids.collect();
+        let mut found = Vec::new();
+        for (lock, mut written) in by_lock {
+            written.sort_by_key(|written| written.order);
+            let mut newest: Option<&crate::history::Written> = None;
+            for written in written {
+                let (Some(write), Some(before)) = (writes.get(&written.id), newest) else {
+                    newest = newest.or(Some(written));
+                    continue;
+                };
+                let newer = writes.get(&before.id).copied();
+                let is_undone = newer.is_some_and(|newer| self.is_undone_between_holds(lock, newer, write));
+                if written.version >= before.version || is_undone {
+                    newest = Some(written);
+                    continue;
+                }
+                let hold = self.hold_of(write);
+                let trusted = hold.map_or(0, |hold| hold.trusted_until);
+                match &write.end {
+                    Some((end, _)) if *end < trusted => {
+                        let name = hold.map(Hold::name).unwrap_or_default();
+                        let text = format!(
+                            "{lock:?}: {name} wrote after version {}, and was trusted until {} ms, after its answer at {} ms",
+                            before.version,
+                            self.history.at(trusted),
+                            self.history.at(*end)
+                        );
+                        found.push((write.begin, lock.to_owned(), text));
+                    }
+                    _ => self.counts.late_writes += 1,
+                }
+            }
+        }
+        for (at, lock, text) in found {
+            self.violated(3, at, Some(&lock), text);
+        }
+    }
+
+    fn hold_of(&self, operation: &Operation) -> Option<&Hold<'a>> {
+        let holds = self.holds.get(operation.call.lock()?)?;
+        let is_of = |hold: &&Hold<'_>| {
+            Some(hold.version) == operation.call.version()
+                && (hold.acquire.process, hold.acquire.thread) == (operation.process, operation.thread)
+                && hold.acquire.begin <= operation.begin
+        };
+        holds.iter().filter(is_of).max_by_key(|hold| hold.acquire.begin)
+    }
+
+    fn is_undone_between_holds(&self, lock: &str, first: &Operation, second: &Operation) -> bool {
+        match (self.hold_of(first), self.hold_of(second)) {
+            (Some(first_hold), Some(second_hold)) => {
+                self.is_undone_between(lock, first_hold.acquire, second)
+                    || self.is_undone_between(lock, second_hold.acquire, first)
+            }
+            _ => false,
+        }
+    }
+
+    fn everybody_recovers(&mut self) {
+        let history = self.history;
+        let until = history.healed + nanos(self.times.lease + RECOVERY);
+        for (process, life) in history.lives.iter().enumerate() {
+            if life.ending != Some(LifeEnd::Stopped) {
+                continue;
+            }
+            for thread in 1..=life.threads {
+                for class in [HOT, QUEUE, OWN] {
+                    let mut taken = history.operations.iter().filter(|operation| {
+                        (operation.process, operation.thread) == (process, thread)
+                            && operation.taken().is_some()
+                            && operation.call.lock().is_some_and(|lock| lock.starts_with(class))
+                    });
+                    let is_in_time = |operation: &Operation| {
+                        operation.end.as_ref().is_some_and(|(end, _)| (history.healed..until).contains(end))
+                    };
+                    if !taken.any(is_in_time) {
+                        let text = format!(
+                            "p{process}.{thread} didn't get {class:?} within a lease and {RECOVERY:?} after the last fault, \
+                             which was over at {} ms",
+                            history.at(history.healed)
+                        );
+                        let lock = if class == OWN { format!("{OWN}-{process}-{thread}") } else { class.to_owned() };
+                        self.violated(4, until, Some(&lock), text);
+                    }
+                }
+            }
+        }
+    }
+
+    fn nothing_is_left(&mut self) {
+        let history = self.history;
+        for (process, life) in history.lives.iter().enumerate() {
+            match (&life.ending, &life.left) {
+                (Some(LifeEnd::Stopped), Some((threads, sockets))) if threads.is_empty() && *sockets == 0 => {}
+                (Some(LifeEnd::Stopped), left) => {
+                    self.violated(4, history.end, None, format!("p{process} left over: {left:?}"));
+                }
+                (Some(LifeEnd::Killed | LifeEnd::Abandoned), _) => {}
+                (ending, _) => self.violated(6, history.end, None, format!("p{process} ended with {ending:?}")),
+            }
+        }
+        let died = |lock: &str| {
+            history.lives.iter().enumerate().any(|(process, life)| {
+                life.ending != Some(LifeEnd::Stopped) && lock.starts_with(&format!("{OWN}-{process}-"))
+            })
+        };
+        let mut seen = HashSet::new();
+        for row in &history.rows {
+            if !seen.insert(&row.lock) {
+                self.violated(4, history.end, Some(&row.lock), format!("{:?} has more than one row", row.lock));
+            }
+            if row.is_held && !died(&row.lock) {
+                let text = format!("{:?} is still held, as version {}", row.lock, row.version);
+                self.violated(4, history.end, Some(&row.lock), text);
+            }
+            if row.waiters > 0 && [HOT, QUEUE].contains(&row.lock.as_str()) {
+                let text = format!("{} processes still stand in the row of {:?}", row.waiters, row.lock);
+                self.violated(4, history.end, Some(&row.lock), text);
+            }
+        }
+    }
+
+    fn no_call_takes_too_long(&mut self) {
+        let history = self.history;
+        for operation in &history.operations {
+            let Some(limit) = operation.limit.checked_add(nanos(SLACK)) else { continue };
+            let life = &history.lives[operation.process];
+            // One without an answer may have waited until its process ended.
+            let end = operation.end.as_ref().map(|(end, _)| *end).or(life.end).unwrap_or(history.end);
+            let stops =
+                history.faults.iter().filter(|fault| fault.kind == Kind::Stopped && fault.worker == Some(life.worker));
+            let stopped: Nanos =
+                stops.map(|stop| stop.end.min(end).saturating_sub(stop.begin.max(operation.begin))).sum();
+            let took = end.saturating_sub(operation.begin).saturating_sub(stopped);
+            if took > limit {
+                let text = format!(
+                    "{:?} of p{}.{} took {} ms, and may take {} ms",
+                    operation.call,
+                    operation.process,
+                    operation.thread,
+                    took / 1_000_000,
+                    operation.limit / 1_000_000
+                );
+                self.violated(5, end, operation.call.lock(), text);
+            }
+        }
+    }
+
+    fn nothing_unexpected(&mut self) {
+        for (process, life) in self.history.lives.iter().enumerate() {
+            if life.said.contains("panicked at") {
+                let said: String = life.said.chars().take(2_000).collect();
+                self.violated(6, life.begin, None, format!("p{process} said: {said}"));
+            }
+        }
+        // Broken connections, a server that stops, starts or is full, and calls that were given up.
+        let passes = |code: &str| {
+            ["08", "57P"].iter().any(|class| code.starts_with(class)) || ["53300", "57014", "55P03"].contains(&code)
+        };
+        for operation in &self.history.operations {
+            let Some(Outcome::Failed(failure, text)) = operation.outcome() else { continue };
+            let is_explained = match (&operation.call, failure) {
+                (Call::Write { .. }, _) => true,
+                (_, Failure::Connect | Failure::Timeout) => true,
+                (_, Failure::Database(code)) => code.as_deref().is_none_or(passes),
+                (Call::Release { .. }, Failure::LeaseLost) => true,
+                _ => false,
+            };
+            if !is_explained {
+                let text = format!("{:?} failed: {text}", operation.call);
+                self.violated(6, operation.begin, operation.call.lock(), text);
+            }
+        }
+    }
+
+    /// The faults that a worker could notice.
+    fn faults_of(&self, process: usize) -> impl Iterator<Item = &'a crate::history::Fault> + use<'a> {
+        let worker = self.history.lives[process].worker;
+        self.history.faults.iter().filter(move |fault| fault.worker.is_none_or(|hurt| hurt == worker))
+    }
+
+    fn nothing_refused_for_nothing(&mut self) {
+        let mut found = Vec::new();
+        let mut before: HashMap<(usize, u32), Vec<&Operation>> = HashMap::new();
+        for operation in &self.history.operations {
+            let Some(lock) = operation.call.lock().filter(|lock| lock.starts_with(OWN)) else { continue };
+            let earlier = before.entry((operation.process, operation.thread)).or_default();
+            if operation.outcome() == Some(&Outcome::Busy) {
+                let end = operation.end.as_ref().map_or(self.history.end, |(end, _)| *end);
+                let from = operation.begin.saturating_sub(nanos(self.times.own_lease));
+                let was_hurt = self.faults_of(operation.process).any(|fault| {
+                    !matches!(fault.kind, Kind::LostAnswer | Kind::Harmless) && fault.end > from && fault.begin < end
+                });
+                // What failed may be half done for a while; and whoever makes the first hold may have to wait for itself.
+                let is_plain = earlier.iter().any(|call| call.taken().is_some())
+                    && earlier.iter().rev().take_while(|call| call.begin > from).all(|call| {
+                        matches!(call.outcome(), Some(Outcome::Taken(_) | Outcome::Done | Outcome::Held(_)))
+                    });
+                if !was_hurt && is_plain {
+                    let text =
+                        format!("{lock:?} was refused to its only user, p{}.{}", operation.process, operation.thread);
+                    found.push((operation.begin, lock, text));
+                }
+            }
+            if !matches!(operation.call, Call::Write { .. }) {
+                earlier.push(operation);
+            }
+        }
+        for (at, lock, text) in found {
+            self.violated(7, at, Some(lock), text);
+        }
+    }
+
+    fn no_hold_lost_for_nothing(&mut self) {
+        let mut found = Vec::new();
+        for hold in self.holds.values().flatten() {
+            let (Some(lost), Some((last, deadline))) = (hold.lost_at, hold.last_trusted) else { continue };
+            let (lock, name) = (hold.lock, hold.name());
+            if self.is_undone_between(lock, hold.acquire, lost) {
+                continue;
+            }
+            if lost.end.as_ref().is_some_and(|(end, _)| *end < deadline) {
+                let early = self.history.at(deadline);
+                found.push((lost.begin, lock, format!("{lock:?}: {name} was lost before its deadline at {early} ms")));
+                continue;
+            }
+            // The longest time in which nothing hurt its worker, in the last lease before the deadline.
+            let lease = nanos(self.times.lease_of(lock));
+            let begin = deadline.saturating_sub(lease - lease / 10).max(hold.acquire.begin);
+            let mut hurts: Vec<(Nanos, Nanos)> = self
+                .faults_of(hold.acquire.process)
+                .filter(|fault| fault.kind != Kind::Harmless)
+                .map(|fault| (fault.begin, fault.end))
+                .chain([(deadline, Nanos::MAX)])
+                .collect();
+            hurts.sort_unstable();
+            let (mut clear, mut from) = (0, begin);
+            for (hurt, over) in hurts {
+                clear = clear.max(hurt.min(deadline).saturating_sub(from));
+                from = from.max(over);
+            }
+            if clear > nanos(self.times.refresh + REFRESH_SLACK) {
+                let (clear, looks) = (clear / 1_000_000, hold.looks.len());
+                let text = format!(
+                    "{lock:?}: {name}, last seen held at {} ms in {looks} looks, was lost although nothing hurt it for {clear} ms",
+                    self.history.at(last)
+                );
+                found.push((lost.begin, lock, text));
+            }
+        }
+        for (at, lock, text) in found {
+            self.violated(8, at, Some(lock), text);
+        }
+    }
+}

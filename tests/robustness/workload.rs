@@ -1,0 +1,356 @@
+//! What a worker does: a process of its own, with several threads that take and give back a few locks.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::{Client, NoTls};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
+
+use crate::history::{Call, Ending, Failure, How, Nanos, Outcome, Recorder, now};
+use crate::support::{chain, ms};
+
+/// Tells a process of this binary that it is a worker, and which.
+pub const WORKER: &str = "STORAGE_LOCK_ROBUSTNESS_WORKER";
+/// What a worker's lines begin with.
+pub const PREFIX: &str = "worker: ";
+/// How a worker exits that ends without giving anything back.
+pub const ABANDONED: i32 = 7;
+
+/// Everybody takes it, in all ways.
+pub const HOT: &str = "hot";
+/// Everybody waits for it, for as long as it takes.
+pub const QUEUE: &str = "queue";
+/// New ones come into use all the time.
+const FRESH: &str = "fresh";
+/// A thread's own, with a lease so long that one which leaked is noticed. Nobody else wants it.
+pub const OWN: &str = "own";
+
+/// How long a call that sets no limit may take by the documentation, with the connect timeout in our DSN.
+const CALL_LIMIT: Duration = ms(1_000 + 250 + 5_000);
+const RELEASE_LIMIT: Duration = ms(2_000);
+/// What `try_lock_for` may take beyond its timeout.
+const SLACK: Duration = ms(500);
+/// What the names of the library's threads begin with, and those of what it uses.
+const OURS: [&str; 3] = ["lock-", "r2d2-", "tokio-"];
+/// A new lock comes into use so often.
+const FRESH_TIME: Duration = ms(700);
+
+/// What a worker is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Setting {
+    pub dsn: String,
+    pub table: String,
+    pub history: PathBuf,
+    pub seed: u64,
+    /// Counts the processes of a run; a worker that is started again is another one.
+    pub process: usize,
+    pub threads: u32,
+    pub max_connections: u32,
+    pub lease: Duration,
+    pub refresh: Duration,
+    pub own_lease: Duration,
+    pub began: Nanos,
+}
+
+/// The statements for the register: one write at a time, numbered in the order in which they commit.
+pub fn register_ddl(table: &str) -> String {
+    format!(
+        "CREATE TABLE {table}_register (lock text PRIMARY KEY, writes bigint NOT NULL);
+         CREATE TABLE {table}_written (lock text, position bigint, version bigint, id bigint)"
+    )
+}
+
+const FAULTS: u8 = 0;
+/// No more faults: take every lock once, say so, and go on.
+const CALM: u8 = 1;
+const STOP: u8 = 2;
+
+/// Not a test of its own: the body of every worker process.
+#[test]
+fn worker_process() {
+    let Ok(setting) = std::env::var(WORKER) else { return };
+    let setting: Setting = serde_json::from_str(&setting).expect("a setting");
+    let (phase, abandons) = (Arc::new(AtomicU8::new(FAULTS)), Arc::new(AtomicBool::new(false)));
+    let (told, abandon) = (Arc::clone(&phase), Arc::clone(&abandons));
+    thread::spawn(move || {
+        for line in std::io::stdin().lines().map_while(std::io::Result::ok) {
+            match line.as_str() {
+                "calm" => told.store(CALM, Ordering::SeqCst),
+                "stop" => told.store(STOP, Ordering::SeqCst),
+                "abandon" => abandon.store(true, Ordering::SeqCst),
+                other => panic!("told {other:?}"),
+            }
+        }
+        if told.load(Ordering::SeqCst) != STOP {
+            // The parent has gone.
+            std::process::exit(3);
+        }
+    });
+    let recorder = Recorder::new(&setting.history);
+    work(&setting, &recorder, &phase, &abandons);
+    let (threads, sockets) = left(Instant::now() + setting.own_lease + Duration::from_secs(10));
+    recorder.left(threads, sockets);
+    std::process::exit(0);
+}
+
+fn work(setting: &Setting, recorder: &Recorder, phase: &AtomicU8, abandons: &AtomicBool) {
+    let storage = loop {
+        let options = PostgresStorageOptions::from_dsn(&setting.dsn)
+            .table_name(&setting.table)
+            .max_connections(setting.max_connections);
+        let open = || PostgresStorage::new(options);
+        match recorder.call(0, Call::Open, CALL_LIMIT, open, done) {
+            Ok(storage) => break storage,
+            Err(_) if phase.load(Ordering::SeqCst) == STOP => return,
+            Err(_) => thread::sleep(ms(20)),
+        }
+    };
+    thread::scope(|scope| {
+        for number in 1..=setting.threads {
+            let worker = Worker {
+                setting,
+                recorder,
+                phase,
+                abandons,
+                storage: &storage,
+                thread: number,
+                random: StdRng::seed_from_u64(setting.seed ^ (setting.process as u64) << 16 ^ u64::from(number)),
+                register: None,
+            };
+            thread::Builder::new()
+                .name(format!("worker-{number}"))
+                .spawn_scoped(scope, move || worker.run())
+                .expect("start a thread");
+        }
+    });
+}
+
+/// The threads and sockets of this process that are left, when there are none of the library's any more or the time is over.
+fn left(until: Instant) -> (Vec<String>, usize) {
+    loop {
+        let tasks = std::fs::read_dir("/proc/self/task").expect("threads").flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        let threads: Vec<String> = names
+            .map(|name| name.trim().to_owned())
+            .filter(|name| OURS.iter().any(|ours| name.starts_with(ours)))
+            .collect();
+        let descriptors = std::fs::read_dir("/proc/self/fd").expect("descriptors").flatten();
+        let targets = descriptors.filter_map(|descriptor| std::fs::read_link(descriptor.path()).ok());
+        let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count();
+        if threads.is_empty() && sockets == 0 || Instant::now() >= until {
+            return (threads, sockets);
+        }
+        thread::sleep(ms(20));
+    }
+}
+
+/// One thread of a worker.
+struct Worker<'a> {
+    setting: &'a Setting,
+    recorder: &'a Recorder,
+    phase: &'a AtomicU8,
+    abandons: &'a AtomicBool,
+    storage: &'a PostgresStorage,
+    thread: u32,
+    random: StdRng,
+    register: Option<Client>,
+}
+
+impl Worker<'_> {
+    fn run(mut self) {
+        let is_in = |phase: &AtomicU8, wanted| phase.load(Ordering::SeqCst) == wanted;
+        while is_in(self.phase, FAULTS) {
+            self.round();
+        }
+        for lock in [self.own(), QUEUE.to_owned(), HOT.to_owned()] {
+            let how = if lock == QUEUE { How::Lock } else { How::TryLockFor };
+            while is_in(self.phase, CALM) && !self.take(&lock, how, ms(0)) {}
+        }
+        println!("{PREFIX}calm {}", self.thread);
+        while is_in(self.phase, CALM) {
+            self.take(HOT, How::TryLockFor, ms(0));
+            thread::sleep(ms(10));
+        }
+    }
+
+    fn own(&self) -> String {
+        format!("{OWN}-{}-{}", self.setting.process, self.thread)
+    }
+
+    /// Takes some lock somehow, for some time.
+    fn round(&mut self) {
+        let how =
+            [How::Lock, How::TryLock, How::TryLockFor, How::TryLockUntil].get(self.random.random_range(0..4)).copied();
+        let how = how.expect("one of four");
+        let (lock, how) = match self.random.random_range(0..100) {
+            0..40 => (HOT.to_owned(), how),
+            40..55 => (QUEUE.to_owned(), How::Lock),
+            55..75 => {
+                // The newest one, or one that somebody may still hold.
+                let age = (now() - self.setting.began) / crate::history::nanos(FRESH_TIME);
+                let back = if self.random.random_bool(0.5) { 0 } else { self.random.random_range(0..4) };
+                (format!("{FRESH}-{}", age.saturating_sub(back)), how)
+            }
+            _ => (self.own(), if how == How::Lock { How::TryLock } else { how }),
+        };
+        let lease = self.setting.lease;
+        let hold = match self.random.random_range(0..100) {
+            0..88 => self.random.random_range(ms(0)..ms(15)),
+            88..97 => self.random.random_range(ms(20)..ms(300)),
+            _ if lock == QUEUE => ms(100),
+            // Long enough that it has to be refreshed, and that others find out if it isn't theirs.
+            _ => self.random.random_range(lease / 2..lease * 2),
+        };
+        let pause = self.random.random_range(ms(0)..ms(15));
+        self.take(&lock, how, hold);
+        thread::sleep(pause);
+    }
+
+    /// Takes a lock, uses it for some time, and gives it back; false if it wasn't to be had.
+    fn take(&mut self, lock_id: &str, how: How, hold: Duration) -> bool {
+        let lease = if lock_id.starts_with(OWN) { self.setting.own_lease } else { self.setting.lease };
+        let options = LockOptions::new(lock_id).lease_expire_after(lease).lease_refresh_interval(self.setting.refresh);
+        let lock = StorageLock::with_options(self.storage, options).expect("valid options");
+        let timeout = self.random.random_range(ms(0)..ms(1_200));
+        let limit = match how {
+            How::Lock => Duration::MAX,
+            How::TryLock => CALL_LIMIT,
+            How::TryLockFor | How::TryLockUntil => timeout + SLACK,
+        };
+        let call = Call::Acquire { lock: lock_id.to_owned(), how };
+        // Everybody has the same name: it must not matter.
+        let acquire = || match how {
+            How::Lock => lock.lock("worker-1").map(Some),
+            How::TryLock => lock.try_lock("worker-1"),
+            How::TryLockFor => lock.try_lock_for("worker-1", timeout),
+            How::TryLockUntil => lock.try_lock_until("worker-1", Instant::now() + timeout),
+        };
+        let acquired = self.recorder.call(self.thread, call, limit, acquire, |acquired| match acquired {
+            Ok(Some(guard)) => Outcome::Taken(guard.version()),
+            Ok(None) => Outcome::Busy,
+            Err(error) => failed(error),
+        });
+        match acquired {
+            Ok(Some(guard)) => {
+                self.use_and_give_back(guard, hold);
+                true
+            }
+            Ok(None) => false,
+            Err(_) => {
+                thread::sleep(ms(20));
+                false
+            }
+        }
+    }
+
+    fn use_and_give_back(&mut self, guard: LockGuard, hold: Duration) {
+        let until = Instant::now() + hold;
+        let (lock, version) = (guard.lock_id().to_owned(), guard.version());
+        let mut chance = 0.8;
+        loop {
+            if !self.look(&guard) {
+                break;
+            }
+            if self.random.random_bool(chance) {
+                self.write(&lock, version);
+                if !self.look(&guard) {
+                    break;
+                }
+            }
+            chance = 0.1;
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            thread::sleep(left.min(ms(20)));
+        }
+        let how = match self.random.random_bool(0.5) {
+            _ if self.abandons.swap(false, Ordering::SeqCst) => Ending::Abandon,
+            true => Ending::Unlock,
+            false => Ending::Drop,
+        };
+        let call = Call::Release { lock, version, how };
+        match how {
+            Ending::Unlock => {
+                self.recorder.call(self.thread, call, RELEASE_LIMIT, || guard.unlock(), done).ok();
+            }
+            Ending::Drop => {
+                self.recorder.call(self.thread, call, RELEASE_LIMIT, || drop(guard), |()| Outcome::Done);
+            }
+            Ending::Abandon => {
+                let pause = self.random.random_range(ms(0)..ms(50));
+                self.recorder.call(
+                    self.thread,
+                    call,
+                    pause + RELEASE_LIMIT,
+                    || std::mem::forget(guard),
+                    |()| Outcome::Done,
+                );
+                thread::sleep(pause);
+                std::process::exit(ABANDONED);
+            }
+        }
+    }
+
+    fn look(&self, guard: &LockGuard) -> bool {
+        let call = Call::Look { lock: guard.lock_id().to_owned(), version: guard.version() };
+        let look = || (guard.is_held(), guard.remaining());
+        let (is_held, _) = self.recorder.call(self.thread, call, ms(0), look, |(is_held, remaining)| {
+            if *is_held { Outcome::Held(crate::history::nanos(*remaining)) } else { Outcome::NotHeld }
+        });
+        is_held
+    }
+
+    /// Writes to the lock's register, in the hope of still holding it.
+    fn write(&mut self, lock: &str, version: i64) {
+        static IDS: AtomicU64 = AtomicU64::new(0);
+        let id = IDS.fetch_add(1, Ordering::SeqCst) | (self.setting.process as u64) << 32;
+        let (table, id_value) = (&self.setting.table, i64::try_from(id).expect("a small number"));
+        let sql = format!(
+            "WITH turn AS (INSERT INTO {table}_register AS register VALUES ($1, 1)
+                           ON CONFLICT (lock) DO UPDATE SET writes = register.writes + 1 RETURNING writes)
+             INSERT INTO {table}_written SELECT $1, writes, $2, $3 FROM turn"
+        );
+        let (dsn, register) = (&self.setting.dsn, &mut self.register);
+        let write = || -> std::result::Result<(), postgres::Error> {
+            if register.is_none() {
+                *register = Some(Client::connect(dsn, NoTls)?);
+            }
+            let client = register.as_mut().expect("connected");
+            client.execute(&sql, &[&lock, &version, &id_value]).map(drop)
+        };
+        let call = Call::Write { lock: lock.to_owned(), version, id };
+        let result = self.recorder.call(self.thread, call, Duration::MAX, write, |result| match result {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Failed(Failure::Other, chain(error)),
+        });
+        if result.is_err() {
+            self.register = None;
+        }
+    }
+}
+
+fn done<T>(result: &Result<T>) -> Outcome {
+    match result {
+        Ok(_) => Outcome::Done,
+        Err(error) => failed(error),
+    }
+}
+
+fn failed(error: &Error) -> Outcome {
+    let code = |source: &postgres::Error| source.code().map(|code| code.code().to_owned());
+    let failure = match error {
+        Error::Connect { .. } => Failure::Connect,
+        Error::Timeout { .. } => Failure::Timeout,
+        Error::Database { source, .. } => Failure::Database(code(source)),
+        Error::LeaseLost { .. } => Failure::LeaseLost,
+        _ => Failure::Other,
+    };
+    Outcome::Failed(failure, chain(error))
+}
