@@ -233,6 +233,8 @@ pub enum Kind {
     LostAnswer,
     /// Nothing that a client of the database should notice.
     Harmless,
+    /// The server ended without writing down what it could lose.
+    Crashed,
     /// Commits on this lock were undone, as by a restore from a backup.
     Undone(String),
     Other,

@@ -120,6 +120,7 @@ impl Hurt {
             Hurt::StopForLessThanALease | Hurt::StopForMoreThanALease => Kind::Stopped,
             Hurt::LoseAnswer { .. } => Kind::LostAnswer,
             Hurt::WallClock { .. } | Hurt::KeepSnapshot => Kind::Harmless,
+            Hurt::Crash => Kind::Crashed,
             Hurt::UndoCommit => Kind::Undone(HOT.to_owned()),
             _ => Kind::Other,
         }

@@ -200,12 +200,15 @@ impl Worker<'_> {
             _ => (self.own(), if how == How::Lock { How::TryLock } else { how }),
         };
         let lease = self.setting.lease;
-        let hold = match self.random.random_range(0..100) {
-            0..88 => self.random.random_range(ms(0)..ms(15)),
-            88..97 => self.random.random_range(ms(20)..ms(300)),
-            _ if lock == QUEUE => ms(100),
+        // What others want is held for long only now and then.
+        let (long, longer) = if lock == HOT || lock == QUEUE { (0.03, 0.004) } else { (0.1, 0.04) };
+        let hold = if lock != QUEUE && self.random.random_bool(longer) {
             // Long enough that it has to be refreshed, and that others find out if it isn't theirs.
-            _ => self.random.random_range(lease / 2..lease * 2),
+            self.random.random_range(lease / 2..lease * 2)
+        } else if self.random.random_bool(long) {
+            self.random.random_range(ms(20)..ms(300))
+        } else {
+            self.random.random_range(ms(0)..ms(15))
         };
         let pause = self.random.random_range(ms(0)..ms(15));
         self.take(&lock, how, hold);
@@ -265,7 +268,7 @@ impl Worker<'_> {
             }
             chance = 0.1;
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || self.phase.load(Ordering::SeqCst) != FAULTS {
                 break;
             }
             thread::sleep(left.min(ms(20)));
