@@ -148,7 +148,7 @@ impl Plan {
             used.extend(KINDS);
         }
         // It weakens what can be asked for, so it comes in some seeds only.
-        if random.random_bool(0.15) {
+        if random.random_bool(0.25) {
             used.push("undone commit");
         }
         let clock = used.contains(&"wall clock").then(|| random.random_range(0..workers));

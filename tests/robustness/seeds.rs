@@ -13,7 +13,7 @@ use crate::verdict::Counts;
 /// How many seeds run where nobody says otherwise.
 const SEEDS: u64 = 20;
 /// After so many broken runs it is known that something is broken.
-const ENOUGH: usize = 5;
+const ENOUGH: u64 = 5;
 
 /// A number from the environment; `scripts/robustness.sh` sets them.
 fn number(name: &str) -> Option<u64> {
@@ -28,6 +28,7 @@ fn whatever_is_hurt_the_verdict_holds() {
     }
     let (first, minutes) = (number("SEED").unwrap_or(1), number("MINUTES"));
     let seeds = number("SEEDS").unwrap_or(if minutes.is_some() { u64::MAX } else { SEEDS });
+    let enough = number("ENOUGH").unwrap_or(ENOUGH);
     let minutes = minutes.map(|minutes| Duration::from_secs(60 * minutes));
     let server = Arc::new(Mutex::new(Server::start_with(&["-c", "max_connections=80"])));
     let (start, mut counts, mut used) = (Instant::now(), Counts::default(), BTreeSet::new());
@@ -40,7 +41,7 @@ fn whatever_is_hurt_the_verdict_holds() {
         if !report.violations.is_empty() {
             broken.push(report.seed);
         }
-        broken.len()
+        broken.len() as u64
     };
     // One run may still be ending while the next one goes on.
     let mut ending: Vec<JoinHandle<Report>> = Vec::new();
@@ -50,7 +51,7 @@ fn whatever_is_hurt_the_verdict_holds() {
         while let Some(over) = ending.iter().position(JoinHandle::is_finished) {
             found = see(ending.swap_remove(over).join().expect("a report"));
         }
-        if found >= ENOUGH {
+        if found >= enough {
             break;
         }
     }

@@ -24,7 +24,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::time::Duration;
 
-use crate::history::{Call, Ending, Failure, History, Kind, LifeEnd, Nanos, Operation, Outcome, nanos};
+use crate::history::{Call, Ending, Failure, Fault, History, Kind, LifeEnd, Nanos, Operation, Outcome, Written, nanos};
 use crate::workload::{HOT, OWN, QUEUE};
 
 /// What is allowed beyond a promised time, on a machine that does other things as well.
@@ -36,6 +36,9 @@ const REFRESH_SLACK: Duration = Duration::from_millis(1_000);
 
 /// The server writes an asynchronous commit down within three times its `wal_writer_delay` of 200 ms.
 const UNWRITTEN: Duration = Duration::from_millis(600);
+
+/// For how long a request may be on its way.
+const STRAY: Duration = Duration::from_secs(5);
 
 /// The times that the workers use.
 #[derive(Clone, Copy, Debug)]
@@ -165,28 +168,34 @@ impl<'a> Hold<'a> {
 struct Judge<'a> {
     history: &'a History,
     times: Times,
-    /// By lock.
+    /// By lock, and there by version.
     holds: BTreeMap<&'a str, Vec<Hold<'a>>>,
-    violations: Vec<Violation>,
-    counts: Counts,
+}
+
+#[derive(Default)]
+struct Found(Vec<Violation>);
+
+impl Found {
+    fn add(&mut self, rule: u8, at: Nanos, lock: Option<&str>, text: String) {
+        self.0.push(Violation { rule, text, at, lock: lock.map(str::to_owned) });
+    }
 }
 
 /// Judges a run.
 pub fn judge(history: &History, times: Times) -> (Vec<Violation>, Counts) {
-    let mut judge = Judge { history, times, holds: holds(history), violations: Vec::new(), counts: Counts::default() };
-    judge.count();
-    judge.the_history_is_one();
-    judge.one_owner();
-    judge.versions_grow();
-    judge.no_stale_write();
-    judge.everybody_recovers();
-    judge.nothing_is_left();
-    judge.no_call_takes_too_long();
-    judge.nothing_unexpected();
-    judge.nothing_refused_for_nothing();
-    judge.no_hold_lost_for_nothing();
-    judge.violations.sort_by_key(|violation| (violation.rule, violation.at));
-    (judge.violations, judge.counts)
+    let (judge, mut found) = (Judge { history, times, holds: holds(history) }, Found::default());
+    judge.the_history_is_one(&mut found);
+    judge.one_owner(&mut found);
+    judge.versions_grow(&mut found);
+    let late_writes = judge.no_stale_write(&mut found);
+    judge.everybody_recovers(&mut found);
+    judge.nothing_is_left(&mut found);
+    judge.no_call_takes_too_long(&mut found);
+    judge.nothing_unexpected(&mut found);
+    judge.nothing_refused_for_nothing(&mut found);
+    judge.no_hold_lost_for_nothing(&mut found);
+    found.0.sort_by_key(|violation| (violation.rule, violation.at));
+    (found.0, Counts { late_writes, ..judge.counts() })
 }
 
 fn holds(history: &History) -> BTreeMap<&str, Vec<Hold<'_>>> {
@@ -205,27 +214,29 @@ fn holds(history: &History) -> BTreeMap<&str, Vec<Hold<'_>>> {
             holds.entry(hold.lock).or_default().push(hold);
         }
     }
+    for holds in holds.values_mut() {
+        holds.sort_by_key(|hold| (hold.version, hold.acquire.begin));
+    }
     holds
 }
 
 impl<'a> Judge<'a> {
-    fn violated(&mut self, rule: u8, at: Nanos, lock: Option<&str>, text: String) {
-        self.violations.push(Violation { rule, text, at, lock: lock.map(str::to_owned) });
-    }
-
-    fn count(&mut self) {
-        let (history, counts) = (self.history, &mut self.counts);
-        counts.calls = history.operations.len();
-        counts.unanswered = history.operations.iter().filter(|operation| operation.end.is_none()).count();
-        counts.faults = history.faults.len();
-        counts.kills = history.lives.iter().filter(|life| life.ending == Some(LifeEnd::Killed)).count();
-        for holds in self.holds.values_mut() {
-            holds.sort_by_key(|hold| (hold.version, hold.acquire.begin));
+    fn counts(&self) -> Counts {
+        let history = self.history;
+        let mut counts = Counts {
+            calls: history.operations.len(),
+            unanswered: history.operations.iter().filter(|operation| operation.end.is_none()).count(),
+            faults: history.faults.len(),
+            kills: history.lives.iter().filter(|life| life.ending == Some(LifeEnd::Killed)).count(),
+            ..Counts::default()
+        };
+        for holds in self.holds.values() {
             counts.holds += holds.len();
             counts.lost += holds.iter().filter(|hold| hold.lost_at.is_some()).count();
             let pairs = holds.windows(2);
             counts.takeovers += pairs.filter(|pair| matches!(pair, [before, _] if !before.was_given_back())).count();
         }
+        counts
     }
 
     /// When commits on a lock were undone: the moment just before, and just after.
@@ -241,7 +252,7 @@ impl<'a> Judge<'a> {
         self.undone(lock).any(|(begin, end)| end > from && begin < until)
     }
 
-    fn the_history_is_one(&mut self) {
+    fn the_history_is_one(&self, found: &mut Found) {
         let history = self.history;
         let mut last: HashMap<(usize, u32), &Operation> = HashMap::new();
         for operation in &history.operations {
@@ -249,13 +260,13 @@ impl<'a> Judge<'a> {
             let life = &history.lives[operation.process];
             if begin < life.begin || end > history.end || end < begin || begin > history.end {
                 let text = format!("{:?} began at {begin} and ended at {end}, out of its time", operation.call);
-                self.violated(0, begin, operation.call.lock(), text);
+                found.add(0, begin, operation.call.lock(), text);
             }
             if let Some(before) = last.insert((operation.process, operation.thread), operation) {
                 let is_over = before.end.as_ref().is_some_and(|(end, _)| *end <= begin);
                 if !is_over {
                     let text = format!("{:?} began while its thread was in {:?}", operation.call, before.call);
-                    self.violated(0, begin, operation.call.lock(), text);
+                    found.add(0, begin, operation.call.lock(), text);
                 }
             }
             if let Call::Look { lock, version }
@@ -265,7 +276,7 @@ impl<'a> Judge<'a> {
                 let of_lock = self.holds.get(lock.as_str());
                 let is_known = of_lock.is_some_and(|holds| holds.iter().any(|hold| hold.version == *version));
                 if !is_known {
-                    self.violated(0, begin, Some(lock), format!("{:?} of a hold that nobody took", operation.call));
+                    found.add(0, begin, Some(lock), format!("{:?} of a hold that nobody took", operation.call));
                 }
             }
         }
@@ -281,16 +292,15 @@ impl<'a> Judge<'a> {
             let times = there.get(id).copied().unwrap_or_default();
             if operation.outcome() == Some(&Outcome::Done) && times != 1 {
                 let text = format!("{:?} was acknowledged and is there {times} times", operation.call);
-                self.violated(0, operation.begin, Some(lock), text);
+                found.add(0, operation.begin, Some(lock), text);
             }
         }
         for written in history.written.iter().filter(|written| !sent.contains(&written.id)) {
-            self.violated(0, history.end, Some(&written.lock), format!("{written:?} was never sent"));
+            found.add(0, history.end, Some(&written.lock), format!("{written:?} was never sent"));
         }
     }
 
-    fn one_owner(&mut self) {
-        let mut found = Vec::new();
+    fn one_owner(&self, found: &mut Found) {
         for (lock, holds) in &self.holds {
             let lease = nanos(self.times.lease_of(lock) + SLACK);
             // By version: the older hold that was trusted for longest.
@@ -312,7 +322,7 @@ impl<'a> Judge<'a> {
                              from {} ms on",
                             at(from)
                         );
-                        found.push((from, *lock, text));
+                        found.add(1, from, Some(lock), text);
                     }
                 }
                 if hold.trusted_from.is_some() && older.is_none_or(|older| older.trusted_until < hold.trusted_until) {
@@ -320,19 +330,15 @@ impl<'a> Judge<'a> {
                 }
             }
         }
-        for (at, lock, text) in found {
-            self.violated(1, at, Some(lock), text);
-        }
     }
 
-    fn versions_grow(&mut self) {
-        let mut found = Vec::new();
+    fn versions_grow(&self, found: &mut Found) {
         for (lock, holds) in &self.holds {
             for pair in holds.windows(2) {
                 let [first, second] = pair else { continue };
                 if first.version == second.version && !self.is_undone_between(lock, first.acquire, second.acquire) {
                     let text = format!("{lock:?}: {} and {} are one version", first.name(), second.name());
-                    found.push((second.acquire.begin, *lock, text));
+                    found.add(2, second.acquire.begin, Some(lock), text);
                 }
             }
             // Who asked after another one had got the lock gets a greater version.
@@ -356,7 +362,7 @@ impl<'a> Judge<'a> {
                     && !self.is_undone_between(lock, before.acquire, hold.acquire)
                 {
                     let text = format!("{lock:?}: {} was taken after {}", hold.name(), before.name());
-                    found.push((hold.acquire.begin, *lock, text));
+                    found.add(2, hold.acquire.begin, Some(lock), text);
                 }
             }
             let row = self.history.rows.iter().find(|row| row.lock == *lock);
@@ -366,16 +372,14 @@ impl<'a> Judge<'a> {
                 && self.undone(lock).next().is_none()
             {
                 let text = format!("{lock:?} ends with version {} and had version {newest}", row.version);
-                found.push((self.history.end, *lock, text));
+                found.add(2, self.history.end, Some(lock), text);
             }
-        }
-        for (at, lock, text) in found {
-            self.violated(2, at, Some(lock), text);
         }
     }
 
-    fn no_stale_write(&mut self) {
-        let mut by_lock: BTreeMap<&str, Vec<&crate::history::Written>> = BTreeMap::new();
+    /// Returns how many late writes nobody is to blame for.
+    fn no_stale_write(&self, found: &mut Found) -> usize {
+        let mut by_lock: BTreeMap<&str, Vec<&Written>> = BTreeMap::new();
         for written in &self.history.written {
             by_lock.entry(&written.lock).or_default().push(written);
         }
@@ -383,11 +387,10 @@ impl<'a> Judge<'a> {
             Call::Write { id, .. } => Some((id, operation)),
             _ => None,
         });
-        let writes: HashMap<u64, &Operation> = ids.collect();
-        let mut found = Vec::new();
+        let (writes, mut late_writes): (HashMap<u64, &Operation>, usize) = (ids.collect(), 0);
         for (lock, mut written) in by_lock {
             written.sort_by_key(|written| written.order);
-            let mut newest: Option<&crate::history::Written> = None;
+            let mut newest: Option<&Written> = None;
             for written in written {
                 let (Some(write), Some(before)) = (writes.get(&written.id), newest) else {
                     newest = newest.or(Some(written));
@@ -410,15 +413,13 @@ impl<'a> Judge<'a> {
                             self.history.at(trusted),
                             self.history.at(*end)
                         );
-                        found.push((write.begin, lock.to_owned(), text));
+                        found.add(3, write.begin, Some(lock), text);
                     }
-                    _ => self.counts.late_writes += 1,
+                    _ => late_writes += 1,
                 }
             }
         }
-        for (at, lock, text) in found {
-            self.violated(3, at, Some(&lock), text);
-        }
+        late_writes
     }
 
     fn hold_of(&self, operation: &Operation) -> Option<&Hold<'a>> {
@@ -441,7 +442,7 @@ impl<'a> Judge<'a> {
         }
     }
 
-    fn everybody_recovers(&mut self) {
+    fn everybody_recovers(&self, found: &mut Found) {
         let history = self.history;
         let until = history.healed + nanos(self.times.lease + RECOVERY);
         for (process, life) in history.lives.iter().enumerate() {
@@ -466,7 +467,7 @@ impl<'a> Judge<'a> {
                             history.at(history.healed)
                         );
                         let lock = if class == OWN { format!("{OWN}-{process}-{thread}") } else { class.to_owned() };
-                        self.violated(4, until, Some(&lock), text);
+                        found.add(4, until, Some(&lock), text);
                     }
                 }
             }
@@ -488,16 +489,16 @@ impl<'a> Judge<'a> {
         })
     }
 
-    fn nothing_is_left(&mut self) {
+    fn nothing_is_left(&self, found: &mut Found) {
         let history = self.history;
         for (process, life) in history.lives.iter().enumerate() {
             match (&life.ending, &life.left) {
                 (Some(LifeEnd::Stopped), Some((threads, sockets))) if threads.is_empty() && *sockets == 0 => {}
                 (Some(LifeEnd::Stopped), left) => {
-                    self.violated(4, history.end, None, format!("p{process} left over: {left:?}"));
+                    found.add(4, history.end, None, format!("p{process} left over: {left:?}"));
                 }
                 (Some(LifeEnd::Killed | LifeEnd::Abandoned), _) => {}
-                (ending, _) => self.violated(6, history.end, None, format!("p{process} ended with {ending:?}")),
+                (ending, _) => found.add(6, history.end, None, format!("p{process} ended with {ending:?}")),
             }
         }
         let died = |lock: &str| {
@@ -508,20 +509,20 @@ impl<'a> Judge<'a> {
         let mut seen = HashSet::new();
         for row in &history.rows {
             if !seen.insert(&row.lock) {
-                self.violated(4, history.end, Some(&row.lock), format!("{:?} has more than one row", row.lock));
+                found.add(4, history.end, Some(&row.lock), format!("{:?} has more than one row", row.lock));
             }
             if row.is_held && !died(&row.lock) && !self.release_may_be_lost(&row.lock) {
                 let text = format!("{:?} is still held, as version {}", row.lock, row.version);
-                self.violated(4, history.end, Some(&row.lock), text);
+                found.add(4, history.end, Some(&row.lock), text);
             }
             if row.waiters > 0 && [HOT, QUEUE].contains(&row.lock.as_str()) {
                 let text = format!("{} processes still stand in the row of {:?}", row.waiters, row.lock);
-                self.violated(4, history.end, Some(&row.lock), text);
+                found.add(4, history.end, Some(&row.lock), text);
             }
         }
     }
 
-    fn no_call_takes_too_long(&mut self) {
+    fn no_call_takes_too_long(&self, found: &mut Found) {
         let history = self.history;
         for operation in &history.operations {
             let Some(limit) = operation.limit.checked_add(nanos(SLACK)) else { continue };
@@ -542,16 +543,16 @@ impl<'a> Judge<'a> {
                     took / 1_000_000,
                     operation.limit / 1_000_000
                 );
-                self.violated(5, end, operation.call.lock(), text);
+                found.add(5, end, operation.call.lock(), text);
             }
         }
     }
 
-    fn nothing_unexpected(&mut self) {
+    fn nothing_unexpected(&self, found: &mut Found) {
         for (process, life) in self.history.lives.iter().enumerate() {
             if life.said.contains("panicked at") {
                 let said: String = life.said.chars().take(2_000).collect();
-                self.violated(6, life.begin, None, format!("p{process} said: {said}"));
+                found.add(6, life.begin, None, format!("p{process} said: {said}"));
             }
         }
         // Broken connections, a server that stops, starts or is full, and calls that were given up.
@@ -569,51 +570,49 @@ impl<'a> Judge<'a> {
             };
             if !is_explained {
                 let text = format!("{:?} failed: {text}", operation.call);
-                self.violated(6, operation.begin, operation.call.lock(), text);
+                found.add(6, operation.begin, operation.call.lock(), text);
             }
         }
     }
 
     /// The faults that a worker could notice.
-    fn faults_of(&self, process: usize) -> impl Iterator<Item = &'a crate::history::Fault> + use<'a> {
+    fn faults_of(&self, process: usize) -> impl Iterator<Item = &'a Fault> + use<'a> {
         let worker = self.history.lives[process].worker;
         self.history.faults.iter().filter(move |fault| fault.worker.is_none_or(|hurt| hurt == worker))
     }
 
-    fn nothing_refused_for_nothing(&mut self) {
-        let mut found = Vec::new();
-        let mut before: HashMap<(usize, u32), Vec<&Operation>> = HashMap::new();
+    fn nothing_refused_for_nothing(&self, found: &mut Found) {
+        let mut of_lock: HashMap<(usize, &str), Vec<&Operation>> = HashMap::new();
         for operation in &self.history.operations {
             let Some(lock) = operation.call.lock().filter(|lock| lock.starts_with(OWN)) else { continue };
-            let earlier = before.entry((operation.process, operation.thread)).or_default();
-            if operation.outcome() == Some(&Outcome::Busy) {
-                let end = operation.end.as_ref().map_or(self.history.end, |(end, _)| *end);
-                let from = operation.begin.saturating_sub(nanos(self.times.own_lease));
+            if !matches!(operation.call, Call::Acquire { .. } | Call::Release { .. }) {
+                continue;
+            }
+            let earlier = of_lock.entry((operation.process, lock)).or_default();
+            if let Some((end, Outcome::Busy)) = operation.end {
+                // It was taken and given back before, and nothing has hurt its user since.
+                let is_free = matches!(earlier.as_slice(), [.., acquire, release]
+                    if acquire.taken().is_some() && release.outcome() == Some(&Outcome::Done));
+                let since = earlier.iter().rev().nth(1).map_or(end, |acquire| acquire.begin);
                 let was_hurt = self.faults_of(operation.process).any(|fault| {
-                    !matches!(fault.kind, Kind::LostAnswer | Kind::Harmless) && fault.end > from && fault.begin < end
+                    !matches!(fault.kind, Kind::LostAnswer | Kind::Harmless) && fault.end > since && fault.begin < end
                 });
-                // What failed may be half done for a while; and whoever makes the first hold may have to wait for itself.
-                let is_plain = earlier.iter().any(|call| call.taken().is_some())
-                    && earlier.iter().rev().take_while(|call| call.begin > from).all(|call| {
-                        matches!(call.outcome(), Some(Outcome::Taken(_) | Outcome::Done | Outcome::Held(_)))
-                    });
-                if !was_hurt && is_plain {
-                    let text =
-                        format!("{lock:?} was refused to its only user, p{}.{}", operation.process, operation.thread);
-                    found.push((operation.begin, lock, text));
+                // What failed before may come through yet.
+                let stray = since.saturating_sub(nanos(STRAY));
+                let may_be_a_stray = earlier.iter().any(|call| {
+                    call.begin > stray && !matches!(call.outcome(), Some(Outcome::Taken(_) | Outcome::Done))
+                });
+                if is_free && !was_hurt && !may_be_a_stray {
+                    let user = format!("p{}.{}", operation.process, operation.thread);
+                    let text = format!("{lock:?} was refused to its only user, {user}");
+                    found.add(7, operation.begin, Some(lock), text);
                 }
             }
-            if !matches!(operation.call, Call::Write { .. }) {
-                earlier.push(operation);
-            }
-        }
-        for (at, lock, text) in found {
-            self.violated(7, at, Some(lock), text);
+            earlier.push(operation);
         }
     }
 
-    fn no_hold_lost_for_nothing(&mut self) {
-        let mut found = Vec::new();
+    fn no_hold_lost_for_nothing(&self, found: &mut Found) {
         for hold in self.holds.values().flatten() {
             let (Some(lost), Some((last, deadline))) = (hold.lost_at, hold.last_trusted) else { continue };
             let (lock, name) = (hold.lock, hold.name());
@@ -622,7 +621,12 @@ impl<'a> Judge<'a> {
             }
             if lost.end.as_ref().is_some_and(|(end, _)| *end < deadline) {
                 let early = self.history.at(deadline);
-                found.push((lost.begin, lock, format!("{lock:?}: {name} was lost before its deadline at {early} ms")));
+                found.add(
+                    8,
+                    lost.begin,
+                    Some(lock),
+                    format!("{lock:?}: {name} was lost before its deadline at {early} ms"),
+                );
                 continue;
             }
             // The longest time in which nothing hurt its worker, in the last lease before the deadline.
@@ -646,11 +650,8 @@ impl<'a> Judge<'a> {
                     "{lock:?}: {name}, last seen held at {} ms in {looks} looks, was lost although nothing hurt it for {clear} ms",
                     self.history.at(last)
                 );
-                found.push((lost.begin, lock, text));
+                found.add(8, lost.begin, Some(lock), text);
             }
-        }
-        for (at, lock, text) in found {
-            self.violated(8, at, Some(lock), text);
         }
     }
 }
