@@ -21,7 +21,7 @@ use crate::workload::{Setting, register_ddl};
 
 pub const TIMES: Times = Times { lease: ms(2_000), refresh: ms(400), own_lease: ms(15_000) };
 const WORKERS: usize = 3;
-const THREADS: u32 = 3;
+const THREADS: u32 = 4;
 /// How long everything is hurt.
 const FAULTS: Duration = ms(6_000);
 /// After so many violations of a run nobody reads on.

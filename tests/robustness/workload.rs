@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
@@ -168,7 +169,7 @@ impl Worker<'_> {
         while is_in(self.phase, FAULTS) {
             self.round();
         }
-        for lock in [self.own(), QUEUE.to_owned(), HOT.to_owned()] {
+        for lock in [QUEUE.to_owned(), HOT.to_owned(), self.own()] {
             let how = if lock == QUEUE { How::Lock } else { How::TryLockFor };
             while is_in(self.phase, CALM) && !self.take(&lock, how, ms(0)) {}
         }
@@ -183,15 +184,21 @@ impl Worker<'_> {
         format!("{OWN}-{}-{}", self.setting.process, self.thread)
     }
 
+    fn hurries(&self) -> bool {
+        self.thread.is_multiple_of(2)
+    }
+
     /// Takes some lock somehow, for some time.
     fn round(&mut self) {
+        let ways = [How::TryLock, How::TryLockFor, How::TryLockUntil, How::Lock];
+        // Half of the threads are in a hurry: while others wait for a lock whose holder died, they go on with other ones.
+        let hurries = self.hurries();
         let how =
-            [How::Lock, How::TryLock, How::TryLockFor, How::TryLockUntil].get(self.random.random_range(0..4)).copied();
-        let how = how.expect("one of four");
-        let (lock, how) = match self.random.random_range(0..100) {
-            0..40 => (HOT.to_owned(), how),
-            40..55 => (QUEUE.to_owned(), How::Lock),
-            55..75 => {
+            *ways.get(..if hurries { 3 } else { 4 }).and_then(|ways| ways.choose(&mut self.random)).expect("a way");
+        let (lock, how) = match self.random.random_range(if hurries { 15 } else { 0 }..100) {
+            0..15 => (QUEUE.to_owned(), How::Lock),
+            15..50 => (HOT.to_owned(), how),
+            50..70 => {
                 // The newest one, or one that somebody may still hold.
                 let age = (now() - self.setting.began) / crate::history::nanos(FRESH_TIME);
                 let back = if self.random.random_bool(0.5) { 0 } else { self.random.random_range(0..4) };
@@ -220,7 +227,7 @@ impl Worker<'_> {
         let lease = if lock_id.starts_with(OWN) { self.setting.own_lease } else { self.setting.lease };
         let options = LockOptions::new(lock_id).lease_expire_after(lease).lease_refresh_interval(self.setting.refresh);
         let lock = StorageLock::with_options(self.storage, options).expect("valid options");
-        let timeout = self.random.random_range(ms(0)..ms(1_200));
+        let timeout = self.random.random_range(ms(0)..if self.hurries() { ms(100) } else { ms(1_200) });
         let limit = match how {
             How::Lock => Duration::MAX,
             How::TryLock => CALL_LIMIT,

@@ -14,6 +14,7 @@ pub struct Server {
     pub dsn: String,
     ctl: String,
     script: Child,
+    data_folder: String,
     postmaster: i32,
     is_frozen: bool,
 }
@@ -36,7 +37,8 @@ impl Server {
         let mut lines = BufReader::new(script.stdout.take().unwrap()).lines();
         let mut line = || lines.next().expect("the throwaway server did not start").expect("a line");
         let (dsn, ctl) = (line(), line());
-        let mut server = Server { dsn, ctl, script, postmaster: 0, is_frozen: false };
+        let mut server = Server { dsn, ctl, script, data_folder: String::new(), postmaster: 0, is_frozen: false };
+        server.data_folder = server.client().query_one("SHOW data_directory", &[]).unwrap().get(0);
         server.postmaster = server.find_postmaster();
         server
     }
@@ -71,8 +73,7 @@ impl Server {
     }
 
     fn find_postmaster(&self) -> i32 {
-        let folder: String = self.client().query_one("SHOW data_directory", &[]).unwrap().get(0);
-        let file = fs::read_to_string(format!("{folder}/postmaster.pid")).expect("postmaster.pid");
+        let file = fs::read_to_string(format!("{}/postmaster.pid", self.data_folder)).expect("postmaster.pid");
         file.lines().next().and_then(|pid| pid.parse().ok()).expect("a pid")
     }
 
