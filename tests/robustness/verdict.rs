@@ -20,6 +20,9 @@
 //! Where commits were undone (a restore, a failover to a standby that lacked them), a lock can't keep rules 1 to 3 across that
 //! moment: they are asked for before it, after it, and, of an owner from before, a lease later.
 
+#[cfg(test)]
+mod examples;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::time::Duration;
