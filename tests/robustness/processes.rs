@@ -24,8 +24,8 @@ pub struct Workers {
     clock: Option<(usize, PathBuf, PathBuf)>,
     slots: Vec<Mutex<Slot>>,
     lives: Mutex<Vec<Life>>,
-    /// Processes and threads that have taken every lock after the last fault.
-    calm: Arc<Mutex<HashSet<(usize, u32)>>>,
+    /// What processes have said: that a thread has taken every lock after the last fault, that all have given everything back.
+    said: Arc<Mutex<HashSet<(usize, String)>>>,
     is_calm: Mutex<bool>,
 }
 
@@ -51,7 +51,7 @@ impl Workers {
             folder: folder.to_owned(),
             clock,
             lives: Mutex::default(),
-            calm: Arc::default(),
+            said: Arc::default(),
             is_calm: Mutex::default(),
         };
         for worker in 0..workers.slots.len() {
@@ -99,12 +99,11 @@ impl Workers {
         }
         let mut child = command.spawn().expect("start a worker");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let calm = Arc::clone(&self.calm);
+        let all_said = Arc::clone(&self.said);
         thread::spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
-                let said = line.split_once(PREFIX).and_then(|(_, said)| said.strip_prefix("calm "));
-                if let Some(thread) = said.and_then(|thread| thread.parse().ok()) {
-                    locked(&calm).insert((process, thread));
+                if let Some((_, said)) = line.split_once(PREFIX) {
+                    locked(&all_said).insert((process, said.to_owned()));
                 }
             }
         });
@@ -169,26 +168,31 @@ impl Workers {
         for worker in 0..self.slots.len() {
             self.tell(worker, "calm");
         }
-        let start = Instant::now();
-        while start.elapsed() < bound {
+        self.wait(bound, |worker| {
             self.look_after();
-            let is_calm = (0..self.slots.len()).all(|worker| {
-                let process = locked(&self.slots[worker]).0.as_ref().map(|(process, _)| *process);
-                let calm = locked(&self.calm);
-                process.is_some_and(|process| {
-                    (1..=self.settings[worker].threads).all(|thread| calm.contains(&(process, thread)))
-                })
-            });
-            if is_calm {
-                return;
-            }
-            thread::sleep(ms(10));
-        }
+            (1..=self.settings[worker].threads).map(|thread| format!("calm {thread}")).collect()
+        });
     }
 
-    pub fn stop(&self) {
+    /// Tells all to stop, and waits until they have given everything back, until `bound` is over.
+    pub fn stop(&self, bound: Duration) {
         for worker in 0..self.slots.len() {
             self.tell(worker, "stop");
+        }
+        self.wait(bound, |_| vec!["quiet".to_owned()]);
+    }
+
+    /// Waits until each worker that is there has said all that is expected of it.
+    fn wait(&self, bound: Duration, expected: impl Fn(usize) -> Vec<String>) {
+        let start = Instant::now();
+        let has_said = |worker: usize| {
+            let expected = expected(worker);
+            let process = locked(&self.slots[worker]).0.as_ref().map(|(process, _)| *process);
+            let said = locked(&self.said);
+            process.is_none_or(|process| expected.into_iter().all(|line| said.contains(&(process, line))))
+        };
+        while start.elapsed() < bound && !(0..self.slots.len()).all(has_said) {
+            thread::sleep(ms(10));
         }
     }
 

@@ -17,7 +17,7 @@ use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::verdict::{Counts, Times, Violation, judge};
-use crate::workload::{Setting, register_ddl};
+use crate::workload::{HOT, QUEUE, Setting, register_ddl};
 
 pub const TIMES: Times = Times { lease: ms(2_000), refresh: ms(400), own_lease: ms(15_000) };
 const WORKERS: usize = 3;
@@ -69,7 +69,8 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     history.faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
     history.faults.sort_by_key(|fault| fault.begin);
     workers.calm_down(TIMES.lease + ms(5_500));
-    workers.stop();
+    workers.stop(ms(8_000));
+    run.wait_for_the_last_to_leave_the_rows();
     let used = plan.all().iter().map(|(_, planned)| planned.hurt.name()).collect();
     thread::spawn(move || {
         let report = run.judge(seed, workers, history, used);
@@ -142,6 +143,20 @@ impl Run {
             fs::remove_dir_all(&self.folder).ok();
         }
         Report { seed, violations, counts, text, used }
+    }
+
+    /// A process takes itself out of the row of a lock in the background. The next run's faults are none of this one's.
+    fn wait_for_the_last_to_leave_the_rows(&self) {
+        let start = Instant::now();
+        let sql = format!("SELECT count(*) FROM {} WHERE lock_id IN ($1, $2) AND waiters IS NOT NULL", self.table);
+        while start.elapsed() < ms(2_000) {
+            let count =
+                Client::connect(&self.dsn, NoTls).and_then(|mut client| client.query_one(&sql, &[&HOT, &QUEUE]));
+            if count.is_ok_and(|count| count.get::<_, i64>(0) == 0) {
+                return;
+            }
+            thread::sleep(ms(20));
+        }
     }
 
     /// While the next run hurts the server, it may take a few tries.

@@ -248,11 +248,15 @@ impl<'a> Judge<'a> {
         self.history.faults.iter().filter(move |fault| fault.kind == kind).map(|fault| (fault.begin, fault.end))
     }
 
-    /// Whether commits were undone after the first began and before the second was over.
-    fn is_undone_between(&self, lock: &str, first: &Operation, second: &Operation) -> bool {
+    /// When commits were last undone after one of the two began and before the other was over, if they were.
+    fn undone_between(&self, lock: &str, first: &Operation, second: &Operation) -> Option<Nanos> {
         let until = |operation: &Operation| operation.end.as_ref().map_or(Nanos::MAX, |(end, _)| *end);
         let (from, until) = (first.begin.min(second.begin), until(first).max(until(second)));
-        self.undone(lock).any(|(begin, end)| end > from && begin < until)
+        self.undone(lock).filter(|(begin, end)| *end > from && *begin < until).map(|(_, end)| end).max()
+    }
+
+    fn is_undone_between(&self, lock: &str, first: &Operation, second: &Operation) -> bool {
+        self.undone_between(lock, first, second).is_some()
     }
 
     fn the_history_is_one(&self, found: &mut Found) {
@@ -306,30 +310,35 @@ impl<'a> Judge<'a> {
     fn one_owner(&self, found: &mut Found) {
         for (lock, holds) in &self.holds {
             let lease = nanos(self.times.lease_of(lock) + SLACK);
-            // By version: the older hold that was trusted for longest.
-            let mut older: Option<&Hold<'_>> = None;
-            for hold in holds {
-                if let (Some(older), Some(from)) = (older, hold.trusted_from)
-                    && older.version < hold.version
-                    && older.trusted_until > from
-                {
-                    let until = older.trusted_until.min(hold.trusted_until.max(from));
-                    let is_excused = self.is_undone_between(lock, older.acquire, hold.acquire)
-                        && self.undone(lock).all(|(_, end)| until < end + lease);
-                    if !is_excused {
-                        let (older_name, name) = (older.name(), hold.name());
-                        let at = |at| self.history.at(at);
-                        let (begin, until) = (at(older.trusted_from.unwrap_or_default()), at(older.trusted_until));
-                        let text = format!(
-                            "two owners of {lock:?}: {older_name} was trusted from {begin} to {until} ms, and the newer {name} \
-                             from {} ms on",
-                            at(from)
-                        );
-                        found.add(1, from, Some(lock), text);
+            for (index, newer) in holds.iter().enumerate() {
+                for older in holds.iter().take(index) {
+                    let (Some(older_from), Some(newer_from)) = (older.trusted_from, newer.trusted_from) else {
+                        continue;
+                    };
+                    if older.trusted_until <= newer_from {
+                        continue;
                     }
-                }
-                if hold.trusted_from.is_some() && older.is_none_or(|older| older.trusted_until < hold.trusted_until) {
-                    older = Some(hold);
+                    let undone = self.undone_between(lock, older.acquire, newer.acquire);
+                    let both_from = older_from.max(newer_from);
+                    let both_until = older.trusted_until.min(newer.trusted_until);
+                    let is_broken = match undone {
+                        // Which one is the newer says its version.
+                        None => older.version < newer.version || both_from < both_until,
+                        // By then a refresh has told it.
+                        Some(undone) => both_from < both_until && both_until > undone + lease,
+                    };
+                    if is_broken {
+                        let at = |at| self.history.at(at);
+                        let text = format!(
+                            "two owners of {lock:?}: {} was trusted from {} to {} ms, and the newer {} from {} ms on",
+                            older.name(),
+                            at(older_from),
+                            at(older.trusted_until),
+                            newer.name(),
+                            at(newer_from),
+                        );
+                        found.add(1, newer_from, Some(lock), text);
+                    }
                 }
             }
         }

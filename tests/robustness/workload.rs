@@ -95,6 +95,7 @@ fn worker_process() {
     });
     let recorder = Recorder::new(&setting.history);
     work(&setting, &recorder, &phase, &abandons);
+    println!("{PREFIX}quiet");
     let (threads, sockets) = left(Instant::now() + setting.own_lease + Duration::from_secs(10));
     recorder.left(threads, sockets);
     std::process::exit(0);

@@ -89,7 +89,7 @@ impl Example {
     }
 
     #[track_caller]
-    fn is_sound(self) {
+    fn keeps_all(self) {
         let violations = self.judge().0;
         assert!(violations.is_empty(), "{violations:?}");
     }
@@ -110,7 +110,7 @@ fn a_sound_history_keeps_all_rules() {
     example.acquire(1, HOT, 1_500, 2_010, Outcome::Taken(2));
     example.look(1, HOT, 2, 2_011, Some(1_800));
     example.release(1, HOT, 2, 2_100);
-    example.is_sound();
+    example.keeps_all();
 }
 
 #[test]
@@ -145,8 +145,8 @@ fn one_whose_deadline_has_passed_or_who_died_keeps_rule_1() {
         example.0.operations.retain(|operation| operation.process == 1 || operation.begin < ms(at));
         example
     };
-    killed_at(5_000, 2_900).is_sound();
-    killed_at(1_500, 1_600).is_sound();
+    killed_at(5_000, 2_900).keeps_all();
+    killed_at(1_500, 1_600).keeps_all();
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn a_look_that_took_long_proves_nothing() {
     example.look(0, HOT, 1, 4_001, None);
     example.fault(Kind::Stopped, Some(0), 1_003, 3_990);
     example.hold(1, HOT, 2, 3_000, 3_100);
-    example.is_sound();
+    example.keeps_all();
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn commits_that_were_undone_excuse_for_a_lease() {
     example.hold(0, HOT, 7, 1_000, 2_000);
     example.fault(undone(), None, 1_500, 1_501);
     example.hold(1, HOT, 7, 1_600, 2_500);
-    example.is_sound();
+    example.keeps_all();
     // Every refresh since must have said that the hold is gone.
     let mut example = Example::sound();
     example.hold(0, HOT, 7, 1_000, 6_000);
@@ -260,7 +260,7 @@ fn a_release_that_a_crash_undid_leaves_its_lease() {
         example.fault(Kind::Crashed, None, at, at + 100);
         example
     };
-    crashed_at(9_200).is_sound();
+    crashed_at(9_200).keeps_all();
     crashed_at(8_000).breaks(4);
 }
 
@@ -271,12 +271,12 @@ fn a_call_that_takes_longer_than_it_may_breaks_rule_5() {
         example.acquire(0, HOT, 1_000, end, Outcome::Busy);
         example
     };
-    acquired_at(6_500).is_sound();
+    acquired_at(6_500).keeps_all();
     acquired_at(7_500).breaks(5);
     // Unless it was stopped for that long.
     let mut example = acquired_at(7_500);
     example.fault(Kind::Stopped, Some(0), 2_000, 4_000);
-    example.is_sound();
+    example.keeps_all();
     let mut example = acquired_at(7_500);
     example.fault(Kind::Stopped, Some(1), 2_000, 4_000);
     example.breaks(5);
@@ -295,7 +295,7 @@ fn a_panic_an_unexpected_error_or_end_breaks_rule_6() {
         let mut example = Example::sound();
         let failure = Failure::Database(code.map(str::to_owned));
         example.acquire(0, HOT, 1_000, 1_001, Outcome::Failed(failure, String::new()));
-        if is_explained { example.is_sound() } else { example.breaks(6) }
+        if is_explained { example.keeps_all() } else { example.breaks(6) }
     }
 }
 
@@ -314,10 +314,10 @@ fn a_lock_of_ones_own_that_is_refused_breaks_rule_7() {
     // A connection that was cut before the server had committed; an earlier acquire that may come through yet.
     let mut example = refused();
     example.fault(Kind::Other, Some(0), 1_150, 1_250);
-    example.is_sound();
+    example.keeps_all();
     let mut example = refused();
     example.acquire(0, "own-0-1", 500, 600, Outcome::Failed(Failure::Timeout, String::new()));
-    example.is_sound();
+    example.keeps_all();
     let mut example = refused();
     example.fault(Kind::Other, Some(1), 1_150, 1_250);
     example.breaks(7);
@@ -337,7 +337,7 @@ fn a_hold_that_is_lost_for_nothing_breaks_rule_8() {
     lost(2_900).breaks(8);
     let mut example = lost(2_900);
     example.fault(Kind::Other, None, 1_500, 1_900);
-    example.is_sound();
+    example.keeps_all();
     let mut example = lost(2_900);
     example.fault(Kind::Harmless, None, 1_500, 1_900);
     example.breaks(8);
