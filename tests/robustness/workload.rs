@@ -202,14 +202,14 @@ impl Worker<'_> {
             50..70 => {
                 // The newest one, or one that somebody may still hold.
                 let age = (now() - self.setting.began) / crate::history::nanos(FRESH_TIME);
-                let back = if self.random.random_bool(0.5) { 0 } else { self.random.random_range(0..4) };
+                let back = if self.random.random_bool(0.5) { 0 } else { self.random.random_range(0..6) };
                 (format!("{FRESH}-{}", age.saturating_sub(back)), how)
             }
             _ => (self.own(), if how == How::Lock { How::TryLock } else { how }),
         };
         let lease = self.setting.lease;
         // What others want is held for long only now and then.
-        let (long, longer) = if lock == HOT || lock == QUEUE { (0.03, 0.004) } else { (0.1, 0.04) };
+        let (long, longer) = if lock == HOT || lock == QUEUE { (0.03, 0.015) } else { (0.1, 0.05) };
         let hold = if lock != QUEUE && self.random.random_bool(longer) {
             // Long enough that it has to be refreshed, and that others find out if it isn't theirs.
             self.random.random_range(lease / 2..lease * 2)
