@@ -36,6 +36,21 @@ fn a_test_that_the_docs_name_exists() {
 }
 
 #[test]
+fn every_planted_bug_stands_in_the_table_of_its_folder() {
+    const FOLDER: &str = "tests/robustness/planted";
+    let table = read(format!("{FOLDER}/README.md"));
+    let mut planted: Vec<String> = files(FOLDER, ".patch")
+        .iter()
+        .filter_map(|path| Some(path.file_stem()?.to_string_lossy().into_owned()))
+        .collect();
+    planted.sort();
+    let mut named: Vec<&str> = table.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    named.sort_unstable();
+    assert_eq!(planted, named);
+    assert!(planted.len() >= 12);
+}
+
+#[test]
 fn the_readme_shows_the_table_that_is_created() {
     let table = crate::support::Table::new();
     let ddl = table.storage().table_ddl().replace(&table.name, "storage_lock");

@@ -179,7 +179,7 @@ impl Plan {
         });
         let process = process.collect();
         let network = (0..workers).map(|_| {
-            track(ms(1_200), &|random| {
+            track(ms(2_000), &|random| {
                 let mut delay = || if random.random_bool(0.5) { ms(0) } else { random.random_range(ms(1)..ms(400)) };
                 let delay = Hurt::Delay { requests: delay(), answers: delay() };
                 let which = random.random_range(1..4);
@@ -205,7 +205,7 @@ impl Plan {
             ];
             all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
         });
-        let database = track(ms(1_500), &|random| {
+        let database = track(ms(2_500), &|random| {
             let all = [
                 (Hurt::EndSessions { only_listeners: random.random_bool(0.3) }, ms(0)),
                 (Hurt::TakeAllConnections, random.random_range(ms(200)..ms(1_500))),
