@@ -180,7 +180,7 @@ impl Plan {
         let process = process.collect();
         let network = (0..workers).map(|_| {
             track(ms(2_000), &|random| {
-                let mut delay = || if random.random_bool(0.5) { ms(0) } else { random.random_range(ms(1)..ms(400)) };
+                let mut delay = || if random.random_bool(0.3) { ms(0) } else { random.random_range(ms(1)..ms(600)) };
                 let delay = Hurt::Delay { requests: delay(), answers: delay() };
                 let which = random.random_range(1..4);
                 let stall =

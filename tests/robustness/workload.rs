@@ -209,7 +209,11 @@ impl Worker<'_> {
         };
         let lease = self.setting.lease;
         // What others want is held for long only now and then.
-        let (long, longer) = if lock == HOT || lock == QUEUE { (0.03, 0.025) } else { (0.1, 0.05) };
+        let (long, longer) = match lock.as_str() {
+            HOT | QUEUE => (0.03, 0.025),
+            lock if lock.starts_with(FRESH) => (0.2, 0.2),
+            _ => (0.1, 0.03),
+        };
         let hold = if lock != QUEUE && self.random.random_bool(longer) {
             // Long enough that it has to be refreshed, and that others find out if it isn't theirs.
             self.random.random_range(lease / 2..lease * 2)
