@@ -105,11 +105,14 @@ impl Run {
 
     /// Starts a worker for each DSN.
     pub fn start(&self, seed: u64, dsns: Vec<String>, clock: Option<(usize, PathBuf, PathBuf)>) -> Workers {
+        let workers = dsns.len();
         let setting = |(worker, dsn): (usize, String)| Setting {
             dsn: format!("{dsn} connect_timeout=1"),
             table: self.table.clone(),
             history: PathBuf::new(),
             seed,
+            worker,
+            workers: workers,
             process: 0,
             threads: THREADS,
             // One works with the fewest.

@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
 
-use crate::history::{Call, Ending, Failure, How, Nanos, Outcome, Recorder, now};
+use crate::history::{Call, Ending, Failure, How, Nanos, Outcome, Recorder, nanos, now};
 use crate::support::{chain, ms};
 
 /// Tells a process of this binary that it is a worker, and which.
@@ -27,7 +27,7 @@ pub const ABANDONED: i32 = 7;
 pub const HOT: &str = "hot";
 /// Everybody waits for it, for as long as it takes.
 pub const QUEUE: &str = "queue";
-/// New ones come into use all the time.
+/// New ones come into use all the time: at first by one worker, which makes the first hold in its time, however slow its network.
 const FRESH: &str = "fresh";
 /// A thread's own, with a lease so long that one which leaked is noticed. Nobody else wants it.
 pub const OWN: &str = "own";
@@ -49,6 +49,8 @@ pub struct Setting {
     pub table: String,
     pub history: PathBuf,
     pub seed: u64,
+    pub worker: usize,
+    pub workers: usize,
     /// Counts the processes of a run; a worker that is started again is another one.
     pub process: usize,
     pub threads: u32,
@@ -200,10 +202,14 @@ impl Worker<'_> {
             0..15 => (QUEUE.to_owned(), How::Lock),
             15..50 => (HOT.to_owned(), how),
             50..70 => {
-                // The newest one, or one that somebody may still hold.
-                let age = (now() - self.setting.began) / crate::history::nanos(FRESH_TIME);
-                let back = if self.random.random_bool(0.5) { 0 } else { self.random.random_range(0..6) };
-                (format!("{FRESH}-{}", age.saturating_sub(back)), how)
+                // One that is new here, or any that somebody may still hold.
+                let age = (now() - self.setting.began) / nanos(FRESH_TIME);
+                let (back, worker) = if self.random.random_bool(0.5) {
+                    (0, self.setting.worker)
+                } else {
+                    (self.random.random_range(1..6), self.random.random_range(0..self.setting.workers))
+                };
+                (format!("{FRESH}-{}-{worker}", age.saturating_sub(back)), how)
             }
             _ => (self.own(), if how == How::Lock { How::TryLock } else { how }),
         };
@@ -317,7 +323,7 @@ impl Worker<'_> {
         let call = Call::Look { lock: guard.lock_id().to_owned(), version: guard.version() };
         let look = || (guard.is_held(), guard.remaining());
         let (is_held, _) = self.recorder.call(self.thread, call, ms(0), look, |(is_held, remaining)| {
-            if *is_held { Outcome::Held(crate::history::nanos(*remaining)) } else { Outcome::NotHeld }
+            if *is_held { Outcome::Held(nanos(*remaining)) } else { Outcome::NotHeld }
         });
         is_held
     }
