@@ -112,7 +112,7 @@ impl Run {
             history: PathBuf::new(),
             seed,
             worker,
-            workers: workers,
+            workers,
             process: 0,
             threads: THREADS,
             // One works with the fewest.
