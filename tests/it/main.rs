@@ -14,6 +14,7 @@ mod connections;
 mod examples;
 mod holds;
 mod input;
+mod leaks;
 mod line;
 mod loss;
 mod many;

@@ -20,7 +20,13 @@ pub struct Server {
 
 impl Server {
     pub fn start() -> Server {
+        Server::start_with(&[])
+    }
+
+    /// With options of `scripts/with-postgres.sh`.
+    pub fn start_with(options: &[&str]) -> Server {
         let mut script = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/with-postgres.sh"))
+            .args(options)
             .args(["sh", "-c", r#"echo "$STORAGE_LOCK_POSTGRESQL_DSN"; echo "$STORAGE_LOCK_POSTGRESQL_CTL"; exec cat"#])
             .env_remove("STORAGE_LOCK_POSTGRESQL_DSN")
             .stdin(Stdio::piped())
