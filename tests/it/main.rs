@@ -12,6 +12,7 @@ mod support;
 
 mod connections;
 mod examples;
+mod fuzz;
 mod holds;
 mod input;
 mod leaks;
