@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
-# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, and shellcheck, for these scripts.
-# Debian's packages, as root or with sudo; does nothing where they are there already.
+# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, shellcheck, for these scripts, and
+# cargo-deny, for scripts/audit.sh. Debian's packages, as root or with sudo, and cargo's; does nothing where they are there already.
 set -euo pipefail
+
+if ! cargo deny --version >/dev/null 2>&1; then
+  # It runs for a second: unoptimised it is built in half the time, a minute on two cores.
+  CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug --no-default-features --version '^0.20' cargo-deny
+fi
 
 missing=()
 for tool in pgbouncer shellcheck; do

@@ -98,6 +98,8 @@
 mod connections;
 mod error;
 mod follow_up;
+#[cfg(test)]
+mod fuzz;
 mod guard;
 mod hold;
 mod line;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use postgres::Config;
-use postgres::config::SslMode;
+use postgres::config::{Host, SslMode};
 
 use crate::error::{Result, invalid};
 use crate::term::retry_time;
@@ -28,6 +28,8 @@ const DEFAULT_KEEPALIVES_INTERVAL: Duration = Duration::from_secs(5);
 const DEFAULT_KEEPALIVES_RETRIES: u32 = 3;
 /// What `postgres::Config` has when nobody set it.
 const CLIENT_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
+/// What is shown of a DSN.
+const HIDDEN: &str = "(hidden: it may hold a password)";
 
 /// Where and how locks are kept: the server, the table, the connections.
 ///
@@ -102,11 +104,22 @@ impl PostgresStorageOptions {
         }
         let mut config = match &self.config {
             Ok(config) => config.clone(),
-            Err(expected) => return Err(invalid("dsn", "(hidden: it may hold a password)", expected)),
+            Err(expected) => return Err(invalid("dsn", HIDDEN, expected)),
         };
-        let hosts = config.get_hosts().len().max(config.get_hostaddrs().len());
+        let (names, addresses) = (config.get_hosts().len(), config.get_hostaddrs().len());
+        let hosts = names.max(addresses);
         if hosts == 0 {
             return Err(invalid("dsn", "(no host)", "a host: `host=localhost`, or the folder of a Unix socket"));
+        }
+        if names > 0 && addresses > 0 && names != addresses {
+            return Err(invalid(
+                "dsn",
+                format!("({names} in host, {addresses} in hostaddr)"),
+                "as many in hostaddr as in host, or one of the two",
+            ));
+        }
+        if let Some(expected) = misread(&config) {
+            return Err(invalid("dsn", HIDDEN, expected));
         }
         let ports = config.get_ports().len();
         if ports > 1 && ports != hosts {
@@ -150,15 +163,41 @@ impl PostgresStorageOptions {
 
 impl fmt::Debug for PostgresStorageOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // `postgres::Config` hides its password.
+        // `postgres::Config` hides its password, but not one that a slip in the DSN put into another place.
         f.debug_struct("PostgresStorageOptions")
-            .field("config", &self.config)
+            .field("dsn", &format_args!("{HIDDEN}"))
             .field("schema", &self.schema)
             .field("table_name", &self.table_name)
             .field("create_table", &self.create_table)
             .field("max_connections", &self.max_connections)
             .finish()
     }
+}
+
+/// What is wrong with a DSN that could be read, but hardly as it was meant; or that no server could be sent.
+///
+/// A password that lands in another value would be shown by the server's errors, and be in its log.
+fn misread(config: &Config) -> Option<&'static str> {
+    let texts = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
+    let mut texts = texts.into_iter().flatten();
+    if texts.clone().any(|text| text.contains('\0')) || config.get_password().is_some_and(|it| it.contains(&0)) {
+        return Some("values without NUL");
+    }
+    if texts.any(|text| text.to_ascii_lowercase().contains("password=")) {
+        return Some(
+            "no `password=` inside another value: options are separated by spaces, those of a URL by ? and then &",
+        );
+    }
+    let has_addresses = !config.get_hostaddrs().is_empty();
+    let is_host = |host: &Host| match host {
+        Host::Tcp(name) if name.is_empty() => has_addresses,
+        // `%` is for the zone of an IPv6 address.
+        Host::Tcp(name) => name.chars().all(|c| c.is_alphanumeric() || "-._:%".contains(c)),
+        #[cfg(unix)]
+        Host::Unix(folder) => !folder.as_os_str().as_encoded_bytes().contains(&0),
+    };
+    let are_hosts = config.get_hosts().iter().all(is_host);
+    (!are_hosts).then_some("names of hosts; in a URL, `@` and `/` in a user or password are written %40 and %2F")
 }
 
 /// What would have been a right DSN. The parser's words are passed on only where they can't hold a part of the DSN: of
@@ -369,6 +408,21 @@ mod tests {
             "host=a,b port=1,2,3 password=s3cret",
             "user=u password=s3cret",
             "host=h password=s3cret connect_timeout=9223372036854775807",
+            "host=a,b hostaddr=127.0.0.1 password=s3cret",
+            // As it is read, the password ends at the first `@`, or is part of another value.
+            "postgresql://u:pa@s3cret@h/db",
+            "postgresql://u:p@h s3cret/db",
+            "host=h;user=u;password=s3cret",
+            "user=u;password=s3cret host=h",
+            "postgresql://u@h/db&Password=s3cret",
+            // The protocol ends a value at NUL.
+            "host=h user=u\0 password=s3cret",
+            "host=h password=s3cret\0",
+            "postgresql://u%00:s3cret@h",
+            "postgresql://u:s3cret@%2Frun%00",
+            "postgresql://u:s3cret@h\0",
+            "host='' password=s3cret",
+            "host=a,,b password=s3cret",
         ] {
             let options = PostgresStorageOptions::from_dsn(dsn);
             let (debug, error) = (format!("{options:?}"), options.checked_config().expect_err(dsn));

@@ -12,8 +12,10 @@ mod support;
 
 mod connections;
 mod examples;
+mod fuzz;
 mod holds;
 mod input;
+mod leaks;
 mod line;
 mod loss;
 mod many;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use storage_lock::{LockGuard, Result};
 
+use crate::leaks;
 use crate::support::child::{role, say, wait_for_parent};
 use crate::support::{Table, chain, eventually, ms, short_lock, takes_at_most, waiting_thread};
 
@@ -25,6 +26,8 @@ fn child_process() {
         ("slow logger", []) => slow_logger(&table),
         ("wait", [lock_id]) => wait(&table, lock_id),
         ("panic", []) => panic_with_the_lock_in_hand(&table),
+        ("cycles", []) => leaks::cycles(&table),
+        ("failed connects", [closing]) => leaks::failed_connects(&table, closing.parse().unwrap()),
         ("take turns", [threads, seconds]) => {
             take_turns(&table, threads.parse().unwrap(), Duration::from_secs(seconds.parse().unwrap()));
         }

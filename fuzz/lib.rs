@@ -1,0 +1,27 @@
+//! The files of the library that read what a caller gives. They are taken from its sources: they aren't public, and what is public
+//! would connect to whatever it reads.
+
+#[allow(dead_code)]
+#[path = "../src/error.rs"]
+mod error;
+#[path = "../src/fuzz.rs"]
+mod fuzz;
+#[allow(dead_code)]
+#[path = "../src/options.rs"]
+mod options;
+#[allow(dead_code)]
+#[path = "../src/sql.rs"]
+mod sql;
+#[allow(dead_code)]
+#[path = "../src/term.rs"]
+mod term;
+
+/// Any bytes as a DSN. 1 stands for the password that must not be shown.
+pub fn dsn(bytes: &[u8]) {
+    fuzz::check_dsn(&String::from_utf8_lossy(bytes).replace('\u{1}', fuzz::SECRET));
+}
+
+/// Any bytes as a lock id, an owner id, a schema and a table.
+pub fn name(bytes: &[u8]) {
+    fuzz::check_name(&String::from_utf8_lossy(bytes));
+}
