@@ -7,6 +7,8 @@
 // One binary: `pub` is what the modules share.
 #![allow(unreachable_pub)]
 
+// What all test binaries share, of which each uses a part.
+#[allow(dead_code)]
 #[path = "../support/mod.rs"]
 mod support;
 
