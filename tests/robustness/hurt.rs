@@ -48,6 +48,11 @@ pub enum Hurt {
     LoseAnswer {
         to: &'static str,
     },
+    /// One answer comes late.
+    HoldBackAnswer {
+        to: &'static str,
+        by: Duration,
+    },
     Delay {
         requests: Duration,
         answers: Duration,
@@ -73,7 +78,7 @@ pub enum Hurt {
 }
 
 /// Which hurts there are, without their details; a seed uses some of them.
-const KINDS: [&str; 16] = [
+const KINDS: [&str; 17] = [
     "kill",
     "short stop",
     "long stop",
@@ -81,6 +86,7 @@ const KINDS: [&str; 16] = [
     "wall clock",
     "cut",
     "lost answer",
+    "late answer",
     "delay",
     "stall",
     "crash",
@@ -102,6 +108,7 @@ impl Hurt {
             Hurt::WallClock { .. } => "wall clock",
             Hurt::Cut => "cut",
             Hurt::LoseAnswer { .. } => "lost answer",
+            Hurt::HoldBackAnswer { .. } => "late answer",
             Hurt::Delay { .. } => "delay",
             Hurt::Stall { .. } => "stall",
             Hurt::Crash => "crash",
@@ -185,11 +192,15 @@ impl Plan {
                 let which = random.random_range(1..4);
                 let stall =
                     Hurt::Stall { requests: which & 1 > 0, answers: which & 2 > 0, then_cuts: random.random_bool(0.4) };
-                let to =
-                    ["acquire \"", "refresh \"", "release \"", "hand over \""].choose(random).expect("one of four");
+                // Parts of our statements, and of the names that go with those that are prepared.
+                let to = ["pg_try_advisory", "acquire \"", "refresh \"", "release \"", "hand over \""];
+                let mut to = || to.choose(random).copied().expect("one of five");
+                let (lost, late) = (Hurt::LoseAnswer { to: to() }, to());
+                let late = Hurt::HoldBackAnswer { to: late, by: random.random_range(ms(100)..lease * 3 / 2) };
                 let all = [
                     (Hurt::Cut, ms(0)),
-                    (Hurt::LoseAnswer { to }, ms(200)),
+                    (lost, ms(200)),
+                    (late, ms(500)),
                     (delay, random.random_range(ms(500)..ms(2_500))),
                     (stall, random.random_range(ms(100)..lease * 3 / 2)),
                 ];
@@ -373,6 +384,12 @@ fn hurt_network(proxy: &Proxy, planned: &Planned) {
             proxy.lose_answer_to(to.as_bytes());
             thread::sleep(planned.lasts);
             proxy.lose_no_answer();
+        }
+        Hurt::HoldBackAnswer { to, by } => {
+            proxy.hold_back_answer_to(to.as_bytes(), by);
+            thread::sleep(planned.lasts);
+            proxy.hold_back_no_answer();
+            thread::sleep(by);
         }
         Hurt::Delay { requests, answers } => {
             proxy.delay_requests(requests);

@@ -25,6 +25,8 @@ struct Control {
     /// The answer to the next request that contains this is lost: it is received, thrown away, and the connection is cut.
     cut: Mutex<Option<Vec<u8>>>,
     cuts: AtomicUsize,
+    /// The answer to the next request that contains this comes so much later.
+    held_back: Mutex<Option<(Vec<u8>, Duration)>>,
     requests: AtomicUsize,
     connections: AtomicUsize,
     /// Both sides of each connection, by its number.
@@ -119,6 +121,16 @@ impl Proxy {
         *self.control.cut.lock().unwrap() = None;
     }
 
+    /// Holds the answer to the next request with these bytes back.
+    pub fn hold_back_answer_to(&self, bytes: &[u8], delay: Duration) {
+        *self.control.held_back.lock().unwrap() = Some((bytes.to_vec(), delay));
+    }
+
+    /// Forgets what [`hold_back_answer_to`](Self::hold_back_answer_to) was told, if it hasn't come to it.
+    pub fn hold_back_no_answer(&self) {
+        *self.control.held_back.lock().unwrap() = None;
+    }
+
     /// From now on nothing gets through on the connections that are open, while new ones are served.
     pub fn swallow_open_connections(&self) {
         self.control.swallowed.store(self.connections(), Ordering::SeqCst);
@@ -180,41 +192,50 @@ impl Drop for Proxy {
     }
 }
 
+/// What happens to the next answer on a connection.
+#[derive(Default)]
+struct Answer {
+    /// It is thrown away, and the connection is cut.
+    is_lost: AtomicBool,
+    delay_millis: AtomicU64,
+}
+
 fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     let number = control.connections.load(Ordering::SeqCst);
     control.open.lock().unwrap().insert(number, [client.try_clone().unwrap(), server.try_clone().unwrap()]);
     client.set_nodelay(true).ok();
     server.set_nodelay(true).ok();
-    let is_cutting = Arc::new(AtomicBool::new(false));
+    let answer = Arc::new(Answer::default());
     let (to_server, to_client) = (
-        (client.try_clone().unwrap(), server.try_clone().unwrap(), Arc::clone(control), Arc::clone(&is_cutting)),
-        (server, client, Arc::clone(control), is_cutting),
+        (client.try_clone().unwrap(), server.try_clone().unwrap(), Arc::clone(control), Arc::clone(&answer)),
+        (server, client, Arc::clone(control), answer),
     );
     thread::spawn(move || {
-        let (from, to, control, is_cutting) = to_server;
+        let (from, to, control, answer) = to_server;
         copy(from, to, &control, number, |request| {
             control.to_server.wait();
             if request.ends_with(SYNC) {
                 control.requests.fetch_add(1, Ordering::SeqCst);
             }
-            let mut cut = control.cut.lock().unwrap();
-            if let Some(bytes) = &*cut
-                && request.windows(bytes.len()).any(|window| window == bytes)
-            {
-                is_cutting.store(true, Ordering::SeqCst);
-                *cut = None;
+            let is_in = |bytes: &Vec<u8>| request.windows(bytes.len()).any(|window| window == bytes);
+            if control.cut.lock().unwrap().take_if(|bytes| is_in(bytes)).is_some() {
+                answer.is_lost.store(true, Ordering::SeqCst);
+            }
+            if let Some((_, delay)) = control.held_back.lock().unwrap().take_if(|(bytes, _)| is_in(bytes)) {
+                answer.delay_millis.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
             }
             true
         });
     });
     thread::spawn(move || {
-        let (from, to, control, is_cutting) = to_client;
+        let (from, to, control, answer) = to_client;
         copy(from, to, &control, number, |_| {
+            thread::sleep(Duration::from_millis(answer.delay_millis.swap(0, Ordering::SeqCst)));
             control.to_client.wait();
             // The server answered, so that it has committed.
-            let is_cut = is_cutting.load(Ordering::SeqCst);
-            control.cuts.fetch_add(usize::from(is_cut), Ordering::SeqCst);
-            !is_cut
+            let is_lost = answer.is_lost.load(Ordering::SeqCst);
+            control.cuts.fetch_add(usize::from(is_lost), Ordering::SeqCst);
+            !is_lost
         });
     });
 }
