@@ -10,7 +10,7 @@
 //! | 5 | no call takes longer than its documentation says |
 //! | 6 | nothing panics, and no error comes that no fault explains |
 //! | 7 | no lock is refused that nobody else wants, where nothing but an answer was lost |
-//! | 8 | no hold is lost before its deadline, nor at its deadline if it could have been refreshed |
+//! | 8 | no hold is lost before its deadline, nor left without a refresh while nothing hurts |
 //!
 //! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
 //! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a
@@ -626,44 +626,42 @@ impl<'a> Judge<'a> {
 
     fn no_hold_lost_for_nothing(&self, found: &mut Found) {
         for hold in self.holds.values().flatten() {
-            let (Some(lost), Some((last, deadline))) = (hold.lost_at, hold.last_trusted) else { continue };
             let (lock, name) = (hold.lock, hold.name());
-            if self.is_undone_between(lock, hold.acquire, lost) {
-                continue;
-            }
-            if lost.end.as_ref().is_some_and(|(end, _)| *end < deadline) {
-                let early = self.history.at(deadline);
-                found.add(
-                    8,
-                    lost.begin,
-                    Some(lock),
-                    format!("{lock:?}: {name} was lost before its deadline at {early} ms"),
-                );
-                continue;
-            }
-            // The longest time in which nothing hurt its worker, in the last lease before the deadline.
-            let lease = nanos(self.times.lease_of(lock));
-            let begin = deadline.saturating_sub(lease - lease / 10).max(hold.acquire.begin);
-            let mut hurts: Vec<(Nanos, Nanos)> = self
-                .faults_of(hold.acquire.process)
-                .filter(|fault| fault.kind != Kind::Harmless)
-                .map(|fault| (fault.begin, fault.end))
-                .chain([(deadline, Nanos::MAX)])
-                .collect();
-            hurts.sort_unstable();
-            let (mut clear, mut from) = (0, begin);
-            for (hurt, over) in hurts {
-                clear = clear.max(hurt.min(deadline).saturating_sub(from));
-                from = from.max(over);
-            }
-            if clear > nanos(self.times.refresh + REFRESH_SLACK) {
-                let (clear, looks) = (clear / 1_000_000, hold.looks.len());
-                let text = format!(
-                    "{lock:?}: {name}, last seen held at {} ms in {looks} looks, was lost although nothing hurt it for {clear} ms",
-                    self.history.at(last)
-                );
+            if let (Some(lost), Some((_, deadline))) = (hold.lost_at, hold.last_trusted)
+                && lost.end.as_ref().is_some_and(|(end, _)| *end < deadline)
+                && !self.is_undone_between(lock, hold.acquire, lost)
+            {
+                let text = format!("{lock:?}: {name} was lost before its deadline at {} ms", self.history.at(deadline));
                 found.add(8, lost.begin, Some(lock), text);
             }
+            // While a hold lasts, what a look says of its deadline says when it was refreshed last.
+            let lease = nanos(self.times.lease_of(lock));
+            let trusted = lease - lease / 10;
+            let unrefreshed = hold.looks.iter().find_map(|look| {
+                let (end, Outcome::Held(remaining)) = look.end.as_ref()? else { return None };
+                // By then it was sent: `remaining` was read at the end of the look at the latest.
+                let refreshed = (end + remaining).saturating_sub(trusted).max(hold.acquire.begin);
+                let clear = self.clear_time(hold.acquire.process, refreshed, look.begin);
+                (clear > nanos(self.times.refresh + REFRESH_SLACK)).then_some((look.begin, clear / 1_000_000))
+            });
+            if let Some((at, clear)) = unrefreshed {
+                let text = format!("{lock:?}: {name} was not refreshed although nothing hurt it for {clear} ms");
+                found.add(8, at, Some(lock), text);
+            }
         }
+    }
+
+    /// The longest time between two instants in which nothing hurt a process.
+    fn clear_time(&self, process: usize, from: Nanos, until: Nanos) -> Nanos {
+        let hurting = self.faults_of(process).filter(|fault| fault.kind != Kind::Harmless);
+        let mut hurts: Vec<(Nanos, Nanos)> = hurting.map(|fault| (fault.begin, fault.end)).collect();
+        hurts.push((until, Nanos::MAX));
+        hurts.sort_unstable();
+        let (mut clear, mut from) = (0, from);
+        for (hurt, over) in hurts {
+            clear = clear.max(hurt.min(until).saturating_sub(from));
+            from = from.max(over);
+        }
+        clear
     }
 }

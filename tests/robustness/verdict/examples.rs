@@ -324,22 +324,33 @@ fn a_lock_of_ones_own_that_is_refused_breaks_rule_7() {
 }
 
 #[test]
-fn a_hold_that_is_lost_for_nothing_breaks_rule_8() {
-    let lost = |lost_at: u64| {
+fn a_hold_that_is_lost_or_not_refreshed_for_nothing_breaks_rule_8() {
+    let mut example = Example::sound();
+    example.acquire(0, HOT, 1_000, 1_001, Outcome::Taken(1));
+    example.look(0, HOT, 1, 1_002, Some(1_800));
+    example.look(0, HOT, 1, 2_000, None);
+    example.breaks(8);
+    let not_refreshed = || {
         let mut example = Example::sound();
         example.acquire(0, HOT, 1_000, 1_001, Outcome::Taken(1));
         example.look(0, HOT, 1, 1_002, Some(1_800));
-        example.look(0, HOT, 1, lost_at, None);
+        example.look(0, HOT, 1, 2_600, Some(200));
+        example.look(0, HOT, 1, 2_900, None);
         example
     };
-    // Before its deadline; at its deadline without a reason; with one.
-    lost(2_000).breaks(8);
-    lost(2_900).breaks(8);
-    let mut example = lost(2_900);
+    not_refreshed().breaks(8);
+    let mut example = not_refreshed();
     example.fault(Kind::Other, None, 1_500, 1_900);
     example.keeps_all();
-    let mut example = lost(2_900);
+    let mut example = not_refreshed();
     example.fault(Kind::Harmless, None, 1_500, 1_900);
+    example.breaks(8);
+    // Its lease is longer than anybody waits for.
+    let mut example = Example::sound();
+    example.acquire(0, "own-0-1", 1_000, 1_001, Outcome::Taken(1));
+    example.look(0, "own-0-1", 1, 1_002, Some(13_500));
+    example.look(0, "own-0-1", 1, 4_000, Some(10_500));
+    example.release(0, "own-0-1", 1, 4_100);
     example.breaks(8);
 }
 
