@@ -26,6 +26,8 @@ pub(crate) fn check_dsn(dsn: &str) {
             assert_eq!(config.get_password(), read.get_password());
             assert_eq!(config.get_dbname(), read.get_dbname());
             assert_eq!(config.get_options(), read.get_options());
+            let texts = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
+            assert!(!texts.into_iter().flatten().any(|text| text.contains('\0')), "{dsn:?} can't be sent");
             assert!(!config.get_hosts().is_empty() || !config.get_hostaddrs().is_empty());
             assert!(
                 config.get_connect_timeout().is_some_and(|timeout| !timeout.is_zero() && timeout.as_secs() <= 3_600)

@@ -17,7 +17,8 @@ use crate::support::server::Server;
 use crate::support::{Table, dsn, takes_at_most, waits_for};
 
 fn run<S: Strategy>(cases: u32, strategy: &S, check: impl Fn(S::Value)) {
-    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    // A failure may take long each time.
+    let config = Config { cases, failure_persistence: None, max_shrink_time: 20_000, ..Config::default() };
     let check = |value| {
         check(value);
         Ok(())
