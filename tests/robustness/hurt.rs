@@ -160,7 +160,10 @@ impl Plan {
         }
         let clock = used.contains(&"wall clock").then(|| random.random_range(0..workers));
         let has = |kind: &str| used.contains(&kind);
+        // Some seeds hurt all the time, others leave time to see what follows from one thing.
+        let calm = random.random_range(1..=4);
         let mut track = |gap: Duration, draw: &dyn Fn(&mut StdRng) -> Vec<(Hurt, Duration)>| {
+            let gap = gap * calm / 2;
             let (mut planned, mut at) = (Vec::new(), random.random_range(ms(0)..gap));
             while at < lasts {
                 let choices = draw(&mut random);

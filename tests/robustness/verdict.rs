@@ -35,7 +35,7 @@ const SLACK: Duration = Duration::from_millis(1_000);
 /// How long everybody may take to get every lock, beyond a lease.
 const RECOVERY: Duration = Duration::from_secs(5);
 /// What it takes to refresh a lease after a fault, beyond the interval.
-const REFRESH_SLACK: Duration = Duration::from_millis(1_000);
+const REFRESH_SLACK: Duration = Duration::from_millis(700);
 
 /// The server writes an asynchronous commit down within three times its `wal_writer_delay` of 200 ms.
 const UNWRITTEN: Duration = Duration::from_millis(600);
