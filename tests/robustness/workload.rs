@@ -187,12 +187,23 @@ impl Worker<'_> {
         format!("{OWN}-{}-{}", self.setting.process, self.thread)
     }
 
+    /// One thread keeps its own lock most of the time, so that whatever happens happens to somebody's hold.
+    fn keeps(&self) -> bool {
+        self.thread == self.setting.threads
+    }
+
     fn hurries(&self) -> bool {
         self.thread.is_multiple_of(2)
     }
 
     /// Takes some lock somehow, for some time.
     fn round(&mut self) {
+        let lease = self.setting.lease;
+        if self.keeps() {
+            let hold = self.random.random_range(lease..lease * 3);
+            self.take(&self.own(), How::TryLockFor, hold);
+            return;
+        }
         let ways = [How::TryLock, How::TryLockFor, How::TryLockUntil, How::Lock];
         // Half of the threads are in a hurry: while others wait for a lock whose holder died, they go on with other ones.
         let hurries = self.hurries();
@@ -213,12 +224,11 @@ impl Worker<'_> {
             }
             _ => (self.own(), if how == How::Lock { How::TryLock } else { how }),
         };
-        let lease = self.setting.lease;
         // What others want is held for long only now and then.
         let (long, longer) = match lock.as_str() {
             HOT | QUEUE => (0.03, 0.025),
             lock if lock.starts_with(FRESH) => (0.2, 0.2),
-            _ => (0.1, 0.03),
+            _ => (0.1, 0.01),
         };
         let hold = if lock != QUEUE && self.random.random_bool(longer) {
             // Long enough that it has to be refreshed, and that others find out if it isn't theirs.
