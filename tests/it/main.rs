@@ -18,6 +18,7 @@ mod line;
 mod loss;
 mod many;
 mod notify;
+mod pair;
 mod pooler;
 mod processes;
 mod roles;
