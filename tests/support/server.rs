@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use postgres::{Client, NoTls};
+use postgres::error::SqlState;
+use postgres::{Client, Config, NoTls};
 
 use super::{eventually, within};
 
@@ -60,7 +61,9 @@ impl Server {
         self.signal(Signal::SIGQUIT);
         self.signal(Signal::SIGCONT);
         self.is_frozen = false;
-        eventually("the server is gone", || kill(Pid::from_raw(self.postmaster), None).is_err());
+        let stat = format!("/proc/{}/stat", self.postmaster);
+        // Nobody may be there yet to hear of its end: a zombie is gone, too.
+        eventually("the server is gone", || fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z ")));
     }
 
     /// Sets a parameter, and doesn't wait until everybody knows.
@@ -155,12 +158,50 @@ impl Pair {
         pair
     }
 
-    /// From here on nothing that happens on the primary comes to the standby.
+    /// The standby has, and shows, all that has happened on the primary.
+    #[track_caller]
+    pub fn catches_up(&self) {
+        let mut client = self.primary.client();
+        let sql = "SELECT replay_lsn >= pg_current_wal_insert_lsn() FROM pg_stat_replication";
+        eventually("the standby catches up", || {
+            client.query_one(sql, &[]).unwrap().get::<_, Option<bool>>(0) == Some(true)
+        });
+    }
+
+    /// From here on nothing that happens on the primary comes to the standby, not even what it has written already.
+    #[track_caller]
     pub fn cut_off_standby(&self) {
+        self.catches_up();
         self.standby.set("primary_conninfo", "");
         let mut client = self.primary.client();
         let sql = "SELECT count(*) FROM pg_stat_replication";
         eventually("the standby is cut off", || client.query_one(sql, &[]).unwrap().get::<_, i64>(0) == 0);
+    }
+
+    /// From here on the standby lets a role in no more.
+    #[track_caller]
+    pub fn shut_out(&self, role: &str) {
+        self.set_rules(|rules| format!("host all {role} all reject\n{rules}"));
+        eventually("it is shut out", || self.is_shut_out(role));
+    }
+
+    #[track_caller]
+    pub fn let_in(&self, role: &str) {
+        self.set_rules(|rules| rules.replace(&format!("host all {role} all reject\n"), ""));
+        eventually("it is let in", || !self.is_shut_out(role));
+    }
+
+    fn set_rules(&self, change: impl Fn(&str) -> String) {
+        let mut client = self.standby.client();
+        let file: String = client.query_one("SHOW hba_file", &[]).unwrap().get(0);
+        fs::write(&file, change(&fs::read_to_string(&file).expect("pg_hba.conf"))).expect("pg_hba.conf");
+        client.batch_execute("SELECT pg_reload_conf()").expect("reload the rules");
+    }
+
+    fn is_shut_out(&self, role: &str) -> bool {
+        let mut config: Config = self.standby.dsn.parse().expect("a DSN");
+        let error = config.user(role).password("wrong").connect(NoTls).err().expect("the password is wrong");
+        error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
     }
 
     /// The standby is the primary from now on.
