@@ -52,8 +52,8 @@ impl Server {
         self.is_frozen = false;
     }
 
-    /// Ends the server where it is, as a machine that loses its power: nobody writes or says anything more. All that the
-    /// kernel does is to close the sockets.
+    /// Ends the server where it is, as a machine that loses its power: nobody writes or says anything more. All that
+    /// the kernel does is to close the sockets.
     pub fn kill(&mut self) {
         self.freeze();
         self.signal_backends(Signal::SIGKILL);
