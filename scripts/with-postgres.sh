@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command with a PostgreSQL server to talk to, so that nobody has to set one up first.
 #
-#   scripts/with-postgres.sh [--fast] [-c NAME=VALUE]… COMMAND [ARGUMENT…]
+#   scripts/with-postgres.sh [--fast] [--standby sync|async] [-c NAME=VALUE]… COMMAND [ARGUMENT…]
 #
 # The command finds the server in STORAGE_LOCK_POSTGRESQL_DSN. If that variable is set already, its server is used
 # and nothing is started. Otherwise a throwaway cluster is started from the PostgreSQL binaries of this machine, on a
@@ -10,21 +10,30 @@
 # the command also gets STORAGE_LOCK_POSTGRESQL_CTL, a program that runs pg_ctl on it ("$…_CTL" restart -m fast).
 #
 # --fast gives up durability (fsync = off): for tests that don't crash the server. Default: durable.
-# -c sets a parameter of the throwaway server, in its postgresql.conf: for what has to be known when it starts.
+# --standby starts a second server too, which follows the first one by streaming replication; with sync, what is
+#   committed waits for it. The DSN names both, the first one first, and asks for the one that can be written to.
+#   STORAGE_LOCK_POSTGRESQL_STANDBY_CTL runs pg_ctl on the standby ("$…_STANDBY_CTL" promote).
+# -c sets a parameter of the throwaway servers, in postgresql.conf: for what has to be known when they start.
 set -euo pipefail
 
 readonly name=${0##*/}
 usage() {
-  echo "usage: $name [--fast] [-c NAME=VALUE]... COMMAND [ARGUMENT...]" >&2
+  echo "usage: $name [--fast] [--standby sync|async] [-c NAME=VALUE]... COMMAND [ARGUMENT...]" >&2
   exit 2
 }
 fast=
+standby=
 settings=()
 while :; do
   case ${1-} in
     --fast)
       fast=yes
       shift
+      ;;
+    --standby)
+      [[ ${2-} =~ ^a?sync$ ]] || usage
+      standby=$2
+      shift 2
       ;;
     -c)
       [[ ${2-} =~ ^[A-Za-z_][A-Za-z0-9_.]*= ]] || usage
@@ -44,10 +53,13 @@ die() {
   exit 1
 }
 
-# Prints the first folder that has initdb, pg_ctl and postgres: on the PATH, where pg_config says, or the highest version
-# in the usual places.
+needed=(initdb pg_ctl postgres)
+if [ -n "$standby" ]; then needed+=(pg_basebackup); fi
+
+# Prints the first folder that has all programs that are needed: on the PATH, where pg_config says, or the highest
+# version in the usual places.
 find_binaries() {
-  local folder folders
+  local folder folders program
   folders=$(
     {
       if command -v initdb >/dev/null; then dirname "$(command -v initdb)"; fi
@@ -58,10 +70,11 @@ find_binaries() {
     } 2>/dev/null
   ) || true
   while read -r folder; do
-    if [ -x "$folder/initdb" ] && [ -x "$folder/pg_ctl" ] && [ -x "$folder/postgres" ]; then
-      echo "$folder"
-      return
-    fi
+    for program in "${needed[@]}"; do
+      [ -x "$folder/$program" ] || continue 2
+    done
+    echo "$folder"
+    return
   done <<<"$folders"
 }
 
@@ -90,7 +103,7 @@ if [ -z "$binaries" ]; then
   install_binaries || true
   binaries=$(find_binaries)
 fi
-[ -n "$binaries" ] || die "no PostgreSQL server binaries (initdb, pg_ctl, postgres) found, and none could be installed.
+[ -n "$binaries" ] || die "no PostgreSQL server binaries (${needed[*]}) found, and none could be installed.
 Install them (Debian, Ubuntu: apt-get install postgresql; Red Hat, Fedora: dnf install postgresql-server;
 macOS: brew install postgresql) or set STORAGE_LOCK_POSTGRESQL_DSN to a server that is running."
 
@@ -117,7 +130,7 @@ as_line() {
 
 # /tmp and not TMPDIR: the path of a Unix socket may have 107 bytes at most.
 folder=$(mktemp -d /tmp/storage-lock-postgres.XXXXXX)
-# What the server may write; the rest of the folder is ours, and run by us.
+# What the servers may write; the rest of the folder is ours, and run by us.
 readonly own="$folder/server"
 mkdir -m 700 "$own"
 
@@ -128,22 +141,33 @@ if [ -z '$server_user' ] || [ "\$(id -u)" -ne 0 ]; then exec "\$@"; fi
 if command -v runuser >/dev/null; then exec runuser -u '$server_user' -- "\$@"; fi
 exec su -s /bin/sh '$server_user' -c 'exec "\$0" "\$@"' -- "\$@"
 END
-cat >"$folder/ctl" <<END
+# Makes a program that runs pg_ctl on a cluster: its name, and those of the cluster's data folder and log.
+make_ctl() {
+  cat >"$folder/$1" <<END
 #!/bin/sh
-exec '$folder/as-server-user' '$binaries/pg_ctl' -D '$own/data' -w -t 60 -l '$own/log' "\$@"
+exec '$folder/as-server-user' '$binaries/pg_ctl' -D '$own/$2' -w -t 60 -l '$own/$3' "\$@"
 END
-chmod +x "$folder/as-server-user" "$folder/ctl"
+  chmod +x "$folder/$1"
+}
+chmod +x "$folder/as-server-user"
+make_ctl ctl data log
+make_ctl standby-ctl standby standby.log
 
-# The watcher has a process group of its own, which a signal to ours doesn't reach. It ends when the last writer of its pipe has gone, which is this script, alive or killed: everything that the
-# script starts gets descriptor 9 closed.
+# Stops a cluster: its pg_ctl, and its data folder.
+take_away() {
+  # A server that somebody stopped (SIGSTOP) would not hear of its end.
+  if [ -r "$own/$2/postmaster.pid" ]; then kill -s CONT "$(head -n 1 "$own/$2/postmaster.pid")" || true; fi
+  "$folder/$1" stop -m immediate || true
+}
+# The watcher has a process group of its own, which a signal to ours doesn't reach. It ends when the last writer of its
+# pipe has gone, which is this script, alive or killed: everything that the script starts gets descriptor 9 closed.
 mkfifo "$folder/alive"
 set -m
 (
   trap '' INT TERM HUP
   read -r _ <"$folder/alive" || true
-  # A server that somebody stopped (SIGSTOP) would not hear of its end.
-  if [ -r "$own/data/postmaster.pid" ]; then kill -s CONT "$(head -n 1 "$own/data/postmaster.pid")" || true; fi
-  "$folder/ctl" stop -m immediate || true
+  take_away ctl data
+  take_away standby-ctl standby
   rm -rf "$folder"
 ) >/dev/null 2>&1 </dev/null &
 readonly watcher=$!
@@ -176,24 +200,48 @@ rm "$own/password"
     echo "fsync = off"
     echo "full_page_writes = off"
   fi
+  # From the first transaction on. Replication connects as, and so is known by, this name.
+  if [ "$standby" = sync ]; then echo "synchronous_standby_names = 'standby'"; fi
   # With no setting at all, older shells take the bare expansion for an unset variable.
   for setting in ${settings[@]+"${settings[@]}"}; do as_line "$setting"; done
 } >>"$own/data/postgresql.conf"
 
-# A port is free if the server can bind it: that is the only test without a race. 32768 and up are handed out to clients.
-port=
-for _ in 1 2 3 4 5 6 7 8 9 10; do
-  candidate=$((15000 + (RANDOM * 32768 + RANDOM) % 17000))
-  if "$folder/ctl" -o "-p $candidate" start >/dev/null 2>&1 9>&-; then
-    port=$candidate
-    break
-  fi
-done
-[ -n "$port" ] || die "the server doesn't start: $(tail -n 20 "$own/log")"
-# Restarts by ctl come back to the same port.
-echo "port = $port" >>"$own/data/postgresql.conf"
+# Starts a cluster on a free port, which is then in `port`: its pg_ctl, and the names of its data folder and log.
+# A port is free if the server can bind it: that is the only test without a race. 32768 and up are handed out to
+# clients.
+start() {
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    port=$((15000 + (RANDOM * 32768 + RANDOM) % 17000))
+    if "$folder/$1" -o "-p $port" start >/dev/null 2>&1 9>&-; then
+      # Restarts by ctl come back to the same port.
+      echo "port = $port" >>"$own/$2/postgresql.conf"
+      return
+    fi
+  done
+  die "the server doesn't start: $(tail -n 20 "$own/$3")"
+}
+start ctl data log
+hosts=127.0.0.1
+ports=$port
+attributes=
+if [ -n "$standby" ]; then
+  PGPASSWORD=$password "$folder/as-server-user" "$binaries/pg_basebackup" -D "$own/standby" --write-recovery-conf \
+    -d "host=127.0.0.1 port=$port user=$role application_name=standby" --checkpoint=fast --no-sync \
+    >"$folder/basebackup.log" 2>&1 9>&- || die "pg_basebackup failed: $(cat "$folder/basebackup.log")"
+  {
+    # Once it is promoted nobody follows it.
+    echo "synchronous_standby_names = ''"
+    # It is back soon after a restart of the primary.
+    echo "wal_retrieve_retry_interval = 200ms"
+  } >>"$own/standby/postgresql.conf"
+  start standby-ctl standby standby.log
+  hosts=$hosts,127.0.0.1
+  ports=$ports,$port
+  attributes=" target_session_attrs=read-write"
+  export STORAGE_LOCK_POSTGRESQL_STANDBY_CTL="$folder/standby-ctl"
+fi
 
-export STORAGE_LOCK_POSTGRESQL_DSN="host=127.0.0.1 port=$port user=$role password=$password dbname=postgres"
+export STORAGE_LOCK_POSTGRESQL_DSN="host=$hosts port=$ports user=$role password=$password dbname=postgres$attributes"
 export STORAGE_LOCK_POSTGRESQL_CTL="$folder/ctl"
 
 # In the background, so that a signal to this script reaches the command at once; with its own standard input, and

@@ -210,9 +210,10 @@ impl Session {
                 taken_over_from: if is_released { None } else { Some(owner_id) },
             },
             // The answer to an earlier copy of this statement was lost: the row is our own.
-            None if is_mine && !is_released => {
-                Acquired::Taken { granted: Granted { version: newest, sent, left, is_wanted }, taken_over_from: None }
-            }
+            None if is_mine && !is_released => match self.confirm(sql, claim, newest)? {
+                Some(granted) => Acquired::Taken { granted, taken_over_from: None },
+                None => Acquired::Missed,
+            },
             // It became free while the statement ran.
             None if is_queued == Some(false) || (is_released && is_queued.is_none()) => Acquired::Missed,
             None => Acquired::Busy {
@@ -252,6 +253,15 @@ impl Session {
         let granted = Granted { version: row.try_get(0)?, sent, left: left(row, 1, 2)?, is_wanted: false };
         transaction.commit()?;
         Ok(Acquired::Taken { granted, taken_over_from: None })
+    }
+
+    /// A hold that was recognised as our own. Its row was committed by another session, which may have ended before a
+    /// synchronous standby had it (terminated, or with the server, which has then restarted), and reading a row waits
+    /// for no standby: only what this session writes and commits does.
+    fn confirm(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<Option<Granted>, Fault> {
+        let sent = Instant::now();
+        let is_wanted = self.refresh(sql, claim, version)?;
+        Ok(is_wanted.map(|is_wanted| Granted { version, sent, left: claim.lease, is_wanted }))
     }
 
     /// Renews the lease to its full length and says whether other processes wait; none if the hold is not there any more.
@@ -324,6 +334,9 @@ impl Session {
             row => row?,
         };
         let Some(version) = row.try_get(1)? else { return Ok(None) };
+        if row.try_get(5)? {
+            return self.confirm(sql, next, version);
+        }
         Ok(Some(Granted { version, sent, left: left(&row, 2, 3)?, is_wanted: row.try_get(4)? }))
     }
 

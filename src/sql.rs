@@ -266,7 +266,7 @@ SELECT {here}, EXISTS (SELECT FROM released), {told}",
     RETURNING version, lease_expire_time, waiters
 )
 SELECT {here}, coalesce(moved.version, cur.version), coalesce(moved.lease_expire_time, cur.lease_expire_time),
-       clock_timestamp(), coalesce(moved.waiters, cur.waiters) IS NOT NULL
+       clock_timestamp(), coalesce(moved.waiters, cur.waiters) IS NOT NULL, moved.version IS NULL
 FROM (VALUES (1)) AS one LEFT JOIN moved ON true LEFT JOIN cur ON cur.lease_id = $5",
                     lease = lease_from_now("$6"),
                 )

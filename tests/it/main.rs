@@ -22,6 +22,7 @@ mod line;
 mod loss;
 mod many;
 mod notify;
+mod pair;
 mod pooler;
 mod processes;
 mod roles;

@@ -24,12 +24,10 @@ fn output(script: &mut Command) -> (i32, String) {
 }
 
 /// Starts the script with a command that says where its cluster is and then does nothing, and returns the folder.
-fn start_sleeping() -> (Child, String) {
+fn start_sleeping(options: &[&str]) -> (Child, String) {
     use std::io::BufRead;
-    let mut child = script(&["sh", "-c", "dirname \"$STORAGE_LOCK_POSTGRESQL_CTL\"; exec sleep 120"])
-        .process_group(0)
-        .spawn()
-        .unwrap();
+    let command = ["sh", "-c", "dirname \"$STORAGE_LOCK_POSTGRESQL_CTL\"; exec sleep 120"];
+    let mut child = script(&[options, &command].concat()).process_group(0).spawn().unwrap();
     let mut folder = String::new();
     std::io::BufReader::new(child.stdout.take().unwrap()).read_line(&mut folder).unwrap();
     assert!(Path::new(folder.trim()).join("server/data/postmaster.pid").exists(), "{folder}");
@@ -82,7 +80,7 @@ fn it_takes_its_server_away_however_it_ends() {
         (Signal::SIGKILL, false),
         (Signal::SIGKILL, true),
     ] {
-        let (mut child, folder) = start_sleeping();
+        let (mut child, folder) = start_sleeping(&[]);
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
         if goes_to_group {
             killpg(pid, signal).unwrap()
@@ -97,11 +95,15 @@ fn it_takes_its_server_away_however_it_ends() {
     }
 }
 
+fn postmaster(folder: &str, cluster: &str) -> Pid {
+    let file = std::fs::read_to_string(Path::new(folder).join("server").join(cluster).join("postmaster.pid")).unwrap();
+    Pid::from_raw(file.lines().next().unwrap().parse().unwrap())
+}
+
 #[test]
 fn it_takes_a_server_away_that_was_stopped() {
-    let (mut child, folder) = start_sleeping();
-    let file = std::fs::read_to_string(Path::new(&folder).join("server/data/postmaster.pid")).unwrap();
-    let postmaster = Pid::from_raw(file.lines().next().unwrap().parse().unwrap());
+    let (mut child, folder) = start_sleeping(&[]);
+    let postmaster = postmaster(&folder, "data");
     kill(postmaster, Signal::SIGSTOP).unwrap();
     killpg(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGKILL).unwrap();
     child.wait().unwrap();
@@ -110,9 +112,36 @@ fn it_takes_a_server_away_that_was_stopped() {
 }
 
 #[test]
+fn it_takes_both_servers_of_a_pair_away() {
+    for (standby, signal, stopped) in [
+        ("sync", Signal::SIGTERM, None),
+        ("async", Signal::SIGKILL, None),
+        ("sync", Signal::SIGKILL, Some("data")),
+        ("async", Signal::SIGKILL, Some("standby")),
+    ] {
+        let (mut child, folder) = start_sleeping(&["--standby", standby]);
+        let postmasters = ["data", "standby"].map(|cluster| postmaster(&folder, cluster));
+        if let Some(cluster) = stopped {
+            kill(postmaster(&folder, cluster), Signal::SIGSTOP).unwrap();
+        }
+        killpg(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+        child.wait().unwrap();
+        eventually("the folder is gone", || !Path::new(&folder).exists());
+        eventually("and so are the servers", || postmasters.iter().all(|pid| kill(*pid, None).is_err()));
+    }
+}
+
+#[test]
+fn it_refuses_options_that_there_are_not() {
+    for options in [["--standby", "both"], ["-c", "work_mem"]] {
+        assert_eq!(output(script(&options).arg("true")).0, 2, "{options:?}");
+    }
+}
+
+#[test]
 fn two_at_once_do_not_meet() {
-    let (mut one, one_folder) = start_sleeping();
-    let (mut other, other_folder) = start_sleeping();
+    let (mut one, one_folder) = start_sleeping(&[]);
+    let (mut other, other_folder) = start_sleeping(&[]);
     assert_ne!(one_folder, other_folder);
     for child in [&mut one, &mut other] {
         kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGTERM).unwrap();

@@ -128,15 +128,10 @@ fn a_refresh_that_commits_after_the_hold_was_lost_keeps_nothing() {
     let table = Table::on(&server.dsn);
     let storage = table.storage();
     let guard = short_lock(&storage, "l", ms(10_000), ms(3_000)).lock("worker").unwrap();
-    let mut client = server.client();
-    let mut standby = |name: &str| {
-        client.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).unwrap();
-        client.batch_execute("SELECT pg_reload_conf()").unwrap();
-    };
-    standby("nobody");
+    server.set("synchronous_standby_names", "nobody");
     eventually("the hold is lost", || !guard.is_held());
     assert!(guard.unlock().unwrap_err().is_lease_lost());
-    standby("");
+    server.set("synchronous_standby_names", "");
     // The last refresh was sent shortly before the end, and would have kept the lock for up to 10 s.
     let start = Instant::now();
     eventually("the lock is free", || !storage.get("l").unwrap().unwrap().is_held);
