@@ -4,7 +4,7 @@
 //! - `hurt`: what is done to them, to the network and to the server, drawn from a seed;
 //! - `history`: what each of them saw;
 //! - `verdict`: whether a lock may behave like that;
-//! - `processes` and `run` put a run together, and `seeds` runs many.
+//! - `processes` and `run` put a run together; `seeds` runs many, `pair` one whose primary dies.
 //!
 //! `scripts/robustness.sh` runs as many as one likes, or a certain one again. `planted` has bugs that this finds.
 
@@ -19,6 +19,7 @@ mod support;
 
 mod history;
 mod hurt;
+mod pair;
 mod processes;
 mod run;
 mod seeds;

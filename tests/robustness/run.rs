@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -73,13 +73,19 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     run.wait_for_the_last_to_leave_the_rows();
     let used = plan.all().iter().map(|(_, planned)| planned.hurt.name()).collect();
     thread::spawn(move || {
-        let report = run.judge(seed, workers, history, used);
+        let report = run.judge(seed, workers, history, used, |_| ());
         drop(proxies);
         report
     })
 }
 
-pub fn locked(server: &Mutex<Server>) -> std::sync::MutexGuard<'_, Server> {
+/// Keeps tests that need the machine for themselves from each other.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn locked(server: &Mutex<Server>) -> MutexGuard<'_, Server> {
     server.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -126,7 +132,14 @@ impl Run {
     }
 
     /// Waits until all is over, and judges it.
-    pub fn judge(self, seed: u64, workers: Workers, mut history: History, used: Vec<&'static str>) -> Report {
+    pub fn judge(
+        self,
+        seed: u64,
+        workers: Workers,
+        mut history: History,
+        used: Vec<&'static str>,
+        look: impl FnOnce(&History),
+    ) -> Report {
         let histories: Vec<PathBuf> = {
             history.lives = workers.end(TIMES.own_lease + Duration::from_secs(20));
             (0..history.lives.len()).map(|process| self.folder.join(format!("p{process}.jsonl"))).collect()
@@ -140,6 +153,7 @@ impl Run {
         thread::sleep(Duration::from_nanos(settled.saturating_sub(now())));
         self.read_tables(&mut history);
         history.end = now();
+        look(&history);
         let (violations, counts) = judge(&history, TIMES);
         let text = self.text(&history, &violations, counts);
         if violations.is_empty() && std::env::var_os("KEEP").is_none() {

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::processes::wall_clock;
-use crate::run::{Report, run};
+use crate::run::{Report, one_at_a_time, run};
 use crate::support::server::Server;
 use crate::verdict::Counts;
 
@@ -23,6 +23,7 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn whatever_is_hurt_the_verdict_holds() {
+    let _alone = one_at_a_time();
     if wall_clock().is_none() {
         println!("libfaketime is not installed: nobody's wall clock is moved");
     }
