@@ -123,10 +123,15 @@ pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {
         return true;
     };
     // 08 connection exception, 57P shutdown, restart or idle timeout, 53300 too many connections, 25006 a server that
-    // became read-only (a failover).
+    // became read-only (a failover), 25P03 a session that was ended because we, or the network, were slow within a transaction.
     code.code().starts_with("08")
         || code.code().starts_with("57P")
-        || [SqlState::TOO_MANY_CONNECTIONS, SqlState::READ_ONLY_SQL_TRANSACTION].contains(code)
+        || [
+            SqlState::TOO_MANY_CONNECTIONS,
+            SqlState::READ_ONLY_SQL_TRANSACTION,
+            SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
+        ]
+        .contains(code)
 }
 
 /// An option that can't be used.

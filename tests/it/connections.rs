@@ -379,3 +379,15 @@ fn an_exhausted_server_is_an_error_that_says_so_and_not_for_ever() {
         table.client().batch_execute(&format!("REVOKE ALL ON {} FROM {role}; DROP ROLE {role}", table.name)).is_ok()
     });
 }
+
+/// The server ends a session that is silent within a transaction for 5 s; the first hold of a lock is made in one.
+#[test]
+fn the_first_hold_is_made_anew_when_the_server_ended_its_slow_transaction() {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let lock = StorageLock::new(&Table::of(&proxy.dsn, &table.name).storage(), "l").unwrap();
+    proxy.hold_back_answer_to(b"pg_try_advisory", ms(5_500));
+    let guard = lock.lock("worker").expect("tried again on another connection");
+    assert_eq!(guard.version(), 1);
+    guard.unlock().unwrap();
+}
