@@ -235,7 +235,7 @@ pub enum Kind {
     Harmless,
     /// The server ended without writing down what it could lose.
     Crashed,
-    /// Commits on this lock were undone, as by a restore from a backup.
+    /// Commits on this lock were undone, as by a restore from a backup; on any, if it has no name.
     Undone(String),
     Other,
 }

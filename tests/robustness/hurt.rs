@@ -128,7 +128,6 @@ impl Hurt {
             Hurt::LoseAnswer { .. } => Kind::LostAnswer,
             Hurt::WallClock { .. } | Hurt::KeepSnapshot => Kind::Harmless,
             Hurt::Crash => Kind::Crashed,
-            Hurt::UndoCommit => Kind::Undone(HOT.to_owned()),
             _ => Kind::Other,
         }
     }
@@ -264,17 +263,32 @@ impl Targets<'_> {
     pub fn hurt(&self, plan: &Plan, lasts: Duration) {
         thread::scope(|scope| {
             for (worker, track) in plan.process.iter().enumerate() {
-                scope.spawn(move || self.run(track, lasts, Some(worker), |planned| self.hurt_process(worker, planned)));
+                scope.spawn(move || {
+                    self.run(track, lasts, Some(worker), |planned| {
+                        self.hurt_process(worker, planned);
+                        None
+                    })
+                });
             }
             for ((worker, track), proxy) in plan.network.iter().enumerate().zip(self.proxies) {
-                scope.spawn(move || self.run(track, lasts, Some(worker), |planned| hurt_network(proxy, planned)));
+                scope.spawn(move || {
+                    self.run(track, lasts, Some(worker), |planned| {
+                        hurt_network(proxy, planned);
+                        None
+                    })
+                });
             }
-            scope.spawn(|| self.run(&plan.server, lasts, None, |planned| self.hurt_server(planned)));
+            scope.spawn(|| {
+                self.run(&plan.server, lasts, None, |planned| {
+                    self.hurt_server(planned);
+                    None
+                })
+            });
             scope.spawn(|| self.run(&plan.database, lasts, None, |planned| self.hurt_database(planned)));
         });
     }
 
-    fn run(&self, track: &[Planned], lasts: Duration, worker: Option<usize>, hurt: impl Fn(&Planned)) {
+    fn run(&self, track: &[Planned], lasts: Duration, worker: Option<usize>, hurt: impl Fn(&Planned) -> Option<Kind>) {
         for planned in track {
             let since = Duration::from_nanos(now() - self.began);
             if since > lasts {
@@ -282,9 +296,9 @@ impl Targets<'_> {
             }
             thread::sleep(planned.at.saturating_sub(since));
             let begin = now();
-            hurt(planned);
+            let kind = hurt(planned).unwrap_or_else(|| planned.hurt.kind());
             let what = format!("{:?} for {:?}", planned.hurt, planned.lasts);
-            let fault = Fault { what, kind: planned.hurt.kind(), worker, begin, end: now() };
+            let fault = Fault { what, kind, worker, begin, end: now() };
             self.faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
         }
     }
@@ -336,9 +350,9 @@ impl Targets<'_> {
         }
     }
 
-    /// What fails here fails because of something else that is being done to the server.
-    fn hurt_database(&self, planned: &Planned) {
-        let Ok(mut client) = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls) else { return };
+    /// What fails here fails because of something else that is being done to the server. Says what it has done to which lock.
+    fn hurt_database(&self, planned: &Planned) -> Option<Kind> {
+        let mut client = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls).ok()?;
         let table = self.table;
         match planned.hurt {
             Hurt::EndSessions { only_listeners } => {
@@ -367,16 +381,26 @@ impl Targets<'_> {
                 thread::sleep(planned.lasts);
             }
             Hurt::UndoCommit => {
-                // The row as it was before its newest hold: free, under the version and the lease of another time.
+                // The row as it was before its newest hold: somebody else's, under the version and the lease of another time.
                 let sql = format!(
                     "UPDATE {table} SET version = version - 1, owner_id = 'before', lease_id = gen_random_uuid(),
-                         lease_expire_time = clock_timestamp(), released_at = clock_timestamp(), waiters = NULL
-                     WHERE lock_id = '{HOT}' AND version > 1"
+                         lease_expire_time = clock_timestamp() + interval '1 second', waiters = NULL
+                     WHERE (lock_id, version) IN (SELECT lock_id, version FROM {table}
+                         WHERE version > 1 AND released_at IS NULL AND lease_expire_time > clock_timestamp()
+                         ORDER BY lock_id = '{HOT}' AND random() < 0.5 DESC, random() LIMIT 1)
+                     RETURNING lock_id"
                 );
-                client.batch_execute(&sql).ok();
+                let undone = client.query(&sql, &[]);
+                // Without an answer it may have been any.
+                return match undone.as_deref() {
+                    Ok([]) => Some(Kind::Harmless),
+                    Ok([row, ..]) => Some(Kind::Undone(row.get(0))),
+                    Err(_) => Some(Kind::Undone(String::new())),
+                };
             }
             _ => unreachable!("{planned:?}"),
         }
+        None
     }
 }
 

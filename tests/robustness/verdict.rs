@@ -18,7 +18,7 @@
 //! happened, at any time after its start.
 //!
 //! Where commits were undone (a restore, a failover to a standby that lacked them), a lock can't keep rules 1 to 3 across that
-//! moment: they are asked for before it, after it, and, of an owner from before, a lease later.
+//! moment: they are asked for before it, after it, and, of an owner from before, once it could hear of it by a refresh.
 
 #[cfg(test)]
 mod examples;
@@ -189,6 +189,7 @@ pub fn judge(history: &History, times: Times) -> (Vec<Violation>, Counts) {
     let (judge, mut found) = (Judge { history, times, holds: holds(history) }, Found::default());
     judge.the_history_is_one(&mut found);
     judge.one_owner(&mut found);
+    judge.undone_owners_are_told(&mut found);
     judge.versions_grow(&mut found);
     let late_writes = judge.no_stale_write(&mut found);
     judge.everybody_recovers(&mut found);
@@ -244,8 +245,9 @@ impl<'a> Judge<'a> {
 
     /// When commits on a lock were undone: the moment just before, and just after.
     fn undone(&self, lock: &str) -> impl Iterator<Item = (Nanos, Nanos)> + use<'a> {
-        let kind = Kind::Undone(lock.to_owned());
-        self.history.faults.iter().filter(move |fault| fault.kind == kind).map(|fault| (fault.begin, fault.end))
+        let lock = lock.to_owned();
+        let is_of = move |fault: &&Fault| matches!(&fault.kind, Kind::Undone(of) if *of == lock || of.is_empty());
+        self.history.faults.iter().filter(is_of).map(|fault| (fault.begin, fault.end))
     }
 
     /// When commits were last undone after one of the two began and before the other was over, if they were.
@@ -339,6 +341,27 @@ impl<'a> Judge<'a> {
                         );
                         found.add(1, newer_from, Some(lock), text);
                     }
+                }
+            }
+        }
+    }
+
+    /// A hold whose commit was undone is over. Its owner hears of it from its next refresh.
+    fn undone_owners_are_told(&self, found: &mut Found) {
+        for hold in self.holds.values().flatten() {
+            for (begin, end) in self.undone(hold.lock) {
+                let was_held = hold.trusted_from.is_some_and(|from| from < begin)
+                    && hold.release.is_none_or(|release| release.begin > end);
+                let process = hold.acquire.process;
+                let trusts = |look: &&&Operation| {
+                    matches!(look.end, Some((_, Outcome::Held(_))))
+                        && look.begin > end
+                        && self.clear_time(process, end, look.begin) > nanos(self.times.refresh + REFRESH_SLACK)
+                };
+                if let Some(look) = hold.looks.iter().find(trusts).filter(|_| was_held) {
+                    let (name, undone) = (hold.name(), self.history.at(end));
+                    let text = format!("{:?}: {name} was undone at {undone} ms, and is still trusted", hold.lock);
+                    found.add(1, look.begin, Some(hold.lock), text);
                 }
             }
         }

@@ -190,17 +190,20 @@ fn a_version_that_comes_twice_or_falls_breaks_rule_2() {
 }
 
 #[test]
-fn commits_that_were_undone_excuse_for_a_lease() {
-    let undone = || Kind::Undone(HOT.to_owned());
-    let mut example = Example::sound();
-    example.hold(0, HOT, 7, 1_000, 2_000);
-    example.fault(undone(), None, 1_500, 1_501);
+fn commits_that_were_undone_excuse_until_the_next_refresh() {
+    let undone = |until: u64| {
+        let mut example = Example::sound();
+        example.hold(0, HOT, 7, 1_000, until);
+        example.fault(Kind::Undone(HOT.to_owned()), None, 1_500, 1_501);
+        example
+    };
+    let mut example = undone(2_000);
     example.hold(1, HOT, 7, 1_600, 2_500);
     example.keeps_all();
-    // Every refresh since must have said that the hold is gone.
-    let mut example = Example::sound();
-    example.hold(0, HOT, 7, 1_000, 6_000);
-    example.fault(undone(), None, 1_500, 1_501);
+    // By now a refresh must have said that the hold is gone, whoever has the lock.
+    undone(3_000).breaks(1);
+    let mut example = undone(6_000);
+    example.fault(Kind::Other, Some(0), 1_400, 5_700);
     example.hold(1, HOT, 8, 1_600, 6_500);
     example.breaks(1);
 }
