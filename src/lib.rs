@@ -39,7 +39,7 @@
 //!
 //! ```text
 //! deadline = instant before the request was sent + time left on the lease in the answer - safety margin
-//! safety margin = a tenth of the lease, at most 1 s
+//! safety margin = a tenth of the lease, at most 1 s; but a thousandth of a lease of more than 1,000 s
 //! ```
 //!
 //! The lease began after the request was sent, so the deadline comes first, however slow the answer was, and nobody else can have
