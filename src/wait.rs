@@ -46,12 +46,12 @@ impl Patience {
         }
     }
 
-    /// When an attempt that starts now has to be back, given how long it may take where nobody is in a hurry.
-    pub(crate) fn attempt_deadline(&self, now: Instant, longest: Duration) -> Instant {
-        match self {
-            Patience::Until(end) => (now + longest).min(end.max(&now).checked_add(SLACK).unwrap_or(*end)),
-            Patience::None | Patience::Forever => now + longest,
-        }
+    /// When an attempt that starts now has to be back, given how long it may take where nobody is in a hurry. The patience of
+    /// one that `has_waited` may have ended while it stood in line.
+    pub(crate) fn attempt_deadline(&self, now: Instant, longest: Duration, has_waited: bool) -> Instant {
+        let Patience::Until(end) = *self else { return now + longest };
+        let end = if has_waited { end } else { end.max(now) };
+        (now + longest).min(end.checked_add(SLACK).unwrap_or(end))
     }
 }
 
@@ -74,6 +74,16 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    /// The last instant that the clock can show.
+    fn last_instant(now: Instant) -> Instant {
+        let mut last = now;
+        for bit in (0..64).rev() {
+            last = last.checked_add(Duration::from_nanos(1 << bit)).unwrap_or(last);
+            last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        }
+        last
+    }
+
     #[test]
     fn a_timeout_of_zero_is_one_attempt_and_an_endless_one_is_for_ever() {
         let now = Instant::now();
@@ -85,17 +95,16 @@ mod tests {
     #[test]
     fn an_attempt_ends_soon_after_the_patience() {
         let (now, long) = (Instant::now(), Duration::from_secs(10));
-        assert_eq!(Patience::Until(now + 2_000 * MS).attempt_deadline(now, long), now + 2_500 * MS);
-        assert_eq!(Patience::Until(now - MS).attempt_deadline(now, long), now + 500 * MS);
-        assert_eq!(Patience::Until(now + 99 * long).attempt_deadline(now, long), now + long);
-        assert_eq!(Patience::Forever.attempt_deadline(now, long), now + long);
-        // The last instant that the clock can show.
-        let mut last = now;
-        for bit in (0..64).rev() {
-            last = last.checked_add(Duration::from_nanos(1 << bit)).unwrap_or(last);
-            last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        for has_waited in [false, true] {
+            let deadline = |patience: Patience| patience.attempt_deadline(now, long, has_waited);
+            assert_eq!(deadline(Patience::Until(now + 2_000 * MS)), now + 2_500 * MS);
+            assert_eq!(deadline(Patience::Until(now + 99 * long)), now + long);
+            assert_eq!(deadline(Patience::Until(last_instant(now))), now + long);
+            assert_eq!(deadline(Patience::Forever), now + long);
         }
-        assert_eq!(Patience::Until(last).attempt_deadline(now, long), now + long);
+        let over = Patience::Until(now - 200 * MS);
+        assert_eq!(over.attempt_deadline(now, long, false), now + 500 * MS);
+        assert_eq!(over.attempt_deadline(now, long, true), now + 300 * MS);
     }
 
     #[test]
