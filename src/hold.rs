@@ -4,8 +4,8 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
+use crate::answer::{Claim, Granted};
 use crate::error::{Error, Result};
-use crate::session::{Claim, Granted};
 use crate::term::Term;
 use crate::workers::lock;
 

@@ -95,6 +95,7 @@
 //! Semantic versioning; the minimum supported Rust version is 1.89, and raising it is a minor release. The public API
 //! names types of `postgres` 0.19 in [`Error`]. PostgreSQL 12 or later by its SQL; tested with 15.
 
+mod answer;
 mod connections;
 mod error;
 mod follow_up;
@@ -110,14 +111,16 @@ mod sql;
 mod storage;
 mod stragglers;
 mod term;
+#[cfg(test)]
+mod toy;
 mod wait;
 mod workers;
 
+pub use answer::LockInformation;
 pub use error::{Error, Result};
 pub use guard::LockGuard;
 pub use lock::StorageLock;
 pub use options::{LockOptions, PostgresStorageOptions};
-pub use session::LockInformation;
 pub use storage::PostgresStorage;
 
 /// The README's code is compiled with the doctests.

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::answer::{Claim, Granted};
 use crate::error::{Error, Result};
 use crate::hold::Hold;
 use crate::options::LockOptions;
-use crate::session::{Claim, Granted};
 use crate::sql::GRACE;
 use crate::wait::{FIRST_PAUSE, FIRST_PAUSE_OF_THE_DEAF, Patience, SLACK, pause};
 use crate::workers::{lock, wait_until};

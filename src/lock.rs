@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::answer::{Claim, LockInformation};
 use crate::error::{Error, Result};
 use crate::guard::LockGuard;
 use crate::hold::Hold;
 use crate::line::{self, Place, Turn};
 use crate::options::{LockOptions, check_id};
 use crate::refresh;
-use crate::session::{Claim, LockInformation};
 use crate::storage::{Attempt, PostgresStorage};
 use crate::wait::Patience;
 

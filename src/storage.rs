@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
 
+use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation};
 use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::follow_up::{FollowUps, Outcome, Unfinished};
@@ -14,7 +15,7 @@ use crate::hold::Hold;
 use crate::line::{Busy, Lines, Listening, Successor, Waiter};
 use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
-use crate::session::{Acquired, Claim, Fault, Found, Granted, LockInformation, Session};
+use crate::session::Session;
 use crate::sql::{COLUMNS, GRACE, Sql};
 use crate::term::{Term, backoff};
 use crate::workers::{Urgency, Workers};

@@ -183,3 +183,6 @@ mod tests {
         assert_eq!(backoff(u32::MAX), LONGEST_BACKOFF);
     }
 }
+
+#[cfg(test)]
+pub(crate) mod properties;

@@ -70,6 +70,8 @@ fn random_fraction() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
@@ -119,5 +121,36 @@ mod tests {
     #[test]
     fn a_pause_ends_with_the_lease() {
         assert_eq!(pause(FIRST_PAUSE, 9, Some(7 * MS)), 7 * MS);
+    }
+
+    fn any_duration() -> impl Strategy<Value = Duration> {
+        let any = (any::<u64>(), 0..1_000_000_000_u32).prop_map(|(seconds, nanos)| Duration::new(seconds, nanos));
+        prop_oneof![Just(Duration::ZERO), Just(Duration::MAX), any, (0..100_000_u64).prop_map(Duration::from_millis)]
+    }
+
+    proptest! {
+        #[test]
+        fn no_patience_panics_and_its_attempts_end_in_time(
+            lasting in any_duration(), later in 0..100_000_u32, longest in 0..5_000_000_u32, has_waited: bool, is_last: bool,
+        ) {
+            let start = Instant::now();
+            let patience = if is_last { Patience::Until(last_instant(start)) } else { Patience::lasting(lasting) };
+            let (now, longest) = (start + later * MS, longest * MS);
+            let (end, attempt) = (patience.end(now), patience.attempt_deadline(now, longest, has_waited));
+            prop_assert_eq!(patience.is_over(now), end <= now);
+            prop_assert!(attempt <= now + longest);
+            prop_assert!(attempt <= end.max(now).checked_add(SLACK).unwrap_or(end));
+            // One that stood in line is back soon after its patience ended, also where that was some time ago.
+            prop_assert!(!has_waited || end.checked_add(SLACK).is_none_or(|end| attempt <= end));
+            prop_assert!(has_waited || attempt >= now + longest.min(SLACK));
+        }
+
+        #[test]
+        fn a_pause_is_within_its_bounds(first in any_duration(), rounds: u32, left in proptest::option::of(any_duration())) {
+            let pause = pause(first, rounds, left);
+            prop_assert!(pause <= LONGEST_PAUSE && left.is_none_or(|left| pause <= left));
+            let half = first.min(LONGEST_PAUSE) / 2;
+            prop_assert!(pause >= half || Some(pause) == left, "{:?} of {:?}", pause, first);
+        }
     }
 }

@@ -16,9 +16,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::answer::Fault;
 use crate::connections::{CheckedOut, Connections};
 use crate::error::{Error, Result};
-use crate::session::{Fault, Session};
+use crate::session::Session;
 use crate::stragglers::Stragglers;
 
 /// A worker without work ends after this, and closes its connection.
