@@ -1,10 +1,11 @@
 //! What is asked of the database, and what its answers mean. Pure: no I/O, and no clock.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
 use crate::error::is_connection_fault;
+use crate::sync::Instant;
 
 /// Why an operation has no result.
 #[derive(Debug)]

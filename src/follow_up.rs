@@ -5,12 +5,11 @@
 //! lease has run out by itself, or after ten minutes.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::answer::Claim;
+use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::term::backoff;
-use crate::workers::{lock, wait_until};
 
 /// Beyond this number, leases run out by themselves.
 const MAX_UNFINISHED: usize = 1_000;

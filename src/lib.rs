@@ -110,6 +110,7 @@ mod session;
 mod sql;
 mod storage;
 mod stragglers;
+mod sync;
 mod term;
 #[cfg(test)]
 mod toy;

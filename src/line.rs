@@ -9,9 +9,8 @@
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::thread::{self, ThreadId};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -20,8 +19,9 @@ use crate::error::{Error, Result};
 use crate::hold::Hold;
 use crate::options::LockOptions;
 use crate::sql::GRACE;
+use crate::sync::thread::{self, ThreadId};
+use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::wait::{FIRST_PAUSE, FIRST_PAUSE_OF_THE_DEAF, Patience, SLACK, pause};
-use crate::workers::{lock, wait_until};
 
 /// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
 /// hand-over to another process, which costs a millisecond or two, costs little in all; short enough to wait for.

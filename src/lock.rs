@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::answer::{Claim, LockInformation};
 use crate::error::{Error, Result};
@@ -13,6 +12,7 @@ use crate::line::{self, Place, Turn};
 use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::storage::{Attempt, PostgresStorage};
+use crate::sync::{Instant, thread};
 use crate::wait::Patience;
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.

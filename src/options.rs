@@ -281,7 +281,7 @@ fn check_text(option: &'static str, text: &str, max_bytes: usize) -> Result<()> 
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use crate::sync::Instant;
 
     use proptest::prelude::*;
 

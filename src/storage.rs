@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
@@ -17,6 +16,7 @@ use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
 use crate::session::Session;
 use crate::sql::{COLUMNS, GRACE, Sql};
+use crate::sync::{Instant, thread};
 use crate::term::{Term, backoff};
 use crate::workers::{Urgency, Workers};
 

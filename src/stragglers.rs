@@ -4,7 +4,9 @@
 //! likely to be frozen, and further ones would only add to the pile; but it may also be a box in between that swallowed
 //! just these connections and serves new ones, so one more is let go from time to time.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::sync::Instant;
 
 /// Never more than this.
 pub(crate) const MAX: usize = 64;

@@ -9,7 +9,9 @@
 //! The database starts its lease at some moment after the request was sent, so the deadline comes first, however long the
 //! answer took. An answer that arrives late can't move a deadline that has passed: a lost hold stays lost.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::sync::Instant;
 
 /// The longest that one attempt to refresh may take before another one is made on another connection.
 const LONGEST_ATTEMPT: Duration = Duration::from_secs(5);

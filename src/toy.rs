@@ -1,12 +1,13 @@
 //! A toy of the table's row: what the statements of [`crate::sql`] do to it, one at a time, in memory and by a clock
 //! that is given. Test `the_toy_answers_as_the_server_does` (in `session/likeness.rs`) holds it to the real ones.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::answer::{AcquireRow, Claim};
 use crate::sql::GRACE;
+use crate::sync::Instant;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Row {

@@ -1,8 +1,8 @@
 //! How long to wait for a busy lock, and when to ask again where nobody tells.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use uuid::Uuid;
+use crate::sync::{Instant, random};
 
 /// What an attempt that is under way when the caller's time is over may still take.
 pub(crate) const SLACK: Duration = Duration::from_millis(500);
@@ -65,7 +65,7 @@ pub(crate) fn pause(first: Duration, rounds: u32, left: Option<Duration>) -> Dur
 
 /// Between 0 and 1.
 fn random_fraction() -> f64 {
-    f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+    f64::from(random()) / f64::from(u32::MAX)
 }
 
 #[cfg(test)]
