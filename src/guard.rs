@@ -19,7 +19,7 @@ use crate::sync::Instant;
 #[must_use = "dropping the guard releases the lock at once: bind it, as in `let _guard = lock.lock(..)?`"]
 pub struct LockGuard {
     storage: PostgresStorage,
-    hold: Arc<Hold>,
+    pub(crate) hold: Arc<Hold>,
     has_left: bool,
 }
 

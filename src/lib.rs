@@ -95,7 +95,11 @@
 //! Semantic versioning; the minimum supported Rust version is 1.89, and raising it is a minor release. The public API
 //! names types of `postgres` 0.19 in [`Error`]. PostgreSQL 12 or later by its SQL; tested with 15.
 
+// What only the real session and the real connections use.
+#![cfg_attr(all(test, shuttle), allow(dead_code))]
+
 mod answer;
+#[cfg_attr(all(test, shuttle), path = "model/connections.rs")]
 mod connections;
 mod error;
 mod follow_up;
@@ -104,12 +108,16 @@ mod hold;
 mod line;
 mod listener;
 mod lock;
+#[cfg(all(test, shuttle))]
+mod model;
 mod options;
 mod refresh;
+#[cfg_attr(all(test, shuttle), path = "model/session.rs")]
 mod session;
 mod sql;
 mod storage;
 mod stragglers;
+#[cfg_attr(all(test, shuttle), path = "model/sync.rs")]
 mod sync;
 mod term;
 #[cfg(test)]

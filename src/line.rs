@@ -286,6 +286,11 @@ impl Lines {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.0).is_empty()
+    }
+
     /// Whether anybody waits for other processes.
     pub(crate) fn any_waits(&self) -> bool {
         lock(&self.0).values().any(|line| line.hold.is_none() && !line.waiters.is_empty())
@@ -572,7 +577,7 @@ mod tests {
         assert!(!head.leave(false).is_queued);
         assert!(matches!(next.turn(&soon()), Turn::Over(None)), "it asks what is known");
         assert!(next.leave(false).is_queued);
-        assert!(lines.0.lock().unwrap().is_empty());
+        assert!(lines.is_empty());
     }
 
     #[test]
@@ -668,7 +673,7 @@ mod tests {
         let hold = take(&place, 1);
         assert!(!lines.any_waits(), "one that waits for its own process doesn't count");
         assert!(!lines.release_hold(&hold, Instant::now(), false));
-        assert!(!lines.any_waits() && lines.0.lock().unwrap().is_empty());
+        assert!(!lines.any_waits() && lines.is_empty());
     }
 
     fn hold(version: i64, left: Duration) -> Arc<Hold> {

@@ -1,4 +1,5 @@
-//! What threads share, time, and chance: all of it comes from here, so that others can take its place.
+//! What threads share, time, and chance. Here they are the standard library's; under the model checker (`--cfg shuttle`) the
+//! checker's own, in `model/sync.rs`, under which it decides who goes on and when time passes.
 
 use std::sync::PoisonError;
 
