@@ -5,12 +5,11 @@
 //! lease has run out by itself, or after ten minutes.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::session::Claim;
+use crate::answer::Claim;
+use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::term::backoff;
-use crate::workers::{lock, wait_until};
 
 /// Beyond this number, leases run out by themselves.
 const MAX_UNFINISHED: usize = 1_000;
@@ -117,7 +116,11 @@ impl FollowUps {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::term::properties::leases;
 
     fn unfinished(version: Option<i64>, now: Instant) -> Unfinished {
         let claim = Claim {
@@ -145,5 +148,40 @@ mod tests {
         assert!(unfinished(Some(7), now).after(Outcome::Failed, now + Duration::from_secs(300)).is_none());
         assert!(unfinished(None, now).after(Outcome::Released, now).is_none());
         assert!(unfinished(None, now).after(Outcome::Hopeless, now).is_none());
+    }
+
+    proptest! {
+        /// Whatever comes of the attempts, and however long each takes.
+        #[test]
+        fn what_is_followed_up_is_given_up_with_its_lease_and_never_asked_for_in_a_hurry(
+            lease in leases(), version in proptest::option::of(any::<i64>()),
+            attempts in vec((0..4_u32, 0..3_000_u64), 1..200),
+        ) {
+            let start = Instant::now();
+            let mut left = unfinished(version, start);
+            left.claim.lease = lease;
+            let mut now = start;
+            for (outcome, took) in attempts {
+                now = now.max(left.next) + Duration::from_millis(took);
+                let outcome = match outcome {
+                    0 if took < 10 => Outcome::Released,
+                    1 if took < 10 => Outcome::Hopeless,
+                    2 => Outcome::NotThere,
+                    _ => Outcome::Failed,
+                };
+                let ends = matches!(outcome, Outcome::Released | Outcome::Hopeless)
+                    || outcome == Outcome::NotThere && version.is_some()
+                    || now >= start + lease.min(LONGEST);
+                let Some(again) = left.after(outcome, now) else {
+                    let is_stray_no_more = outcome == Outcome::NotThere && now >= start + STRAY_TIME;
+                    prop_assert!(ends || is_stray_no_more, "{:?} after {:?}", outcome, now - start);
+                    return Ok(());
+                };
+                prop_assert!(!ends, "{:?} after {:?}", outcome, now - start);
+                prop_assert!(again.next >= now + backoff(1));
+                prop_assert!(again.next <= now + LONGEST, "the next look is in {:?}", again.next - now);
+                left = again;
+            }
+        }
     }
 }

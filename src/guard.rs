@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::Result;
 use crate::follow_up::Unfinished;
 use crate::hold::Hold;
 use crate::storage::PostgresStorage;
+use crate::sync::Instant;
 
 /// A held lock. Dropping it releases the lock; the last guard of a hold does, where the same owner took it more than once.
 ///
@@ -18,7 +19,7 @@ use crate::storage::PostgresStorage;
 #[must_use = "dropping the guard releases the lock at once: bind it, as in `let _guard = lock.lock(..)?`"]
 pub struct LockGuard {
     storage: PostgresStorage,
-    hold: Arc<Hold>,
+    pub(crate) hold: Arc<Hold>,
     has_left: bool,
 }
 

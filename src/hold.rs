@@ -1,13 +1,12 @@
 //! One hold of a lock, as its guards, its refresh thread and its calls in flight share it.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
-use std::thread::{self, ThreadId};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::answer::{Claim, Granted};
 use crate::error::{Error, Result};
-use crate::session::{Claim, Granted};
+use crate::sync::thread::{self, ThreadId};
+use crate::sync::{Condvar, Instant, Mutex, MutexGuard, lock};
 use crate::term::Term;
-use crate::workers::lock;
 
 /// A hold is `(lock_id, version, lease_id)`, never an owner's name.
 pub(crate) struct Hold {

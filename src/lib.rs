@@ -39,7 +39,7 @@
 //!
 //! ```text
 //! deadline = instant before the request was sent + time left on the lease in the answer - safety margin
-//! safety margin = a tenth of the lease, at most 1 s
+//! safety margin = a tenth of the lease, at most 1 s; but a thousandth of a lease of more than 1,000 s
 //! ```
 //!
 //! The lease began after the request was sent, so the deadline comes first, however slow the answer was, and nobody else can have
@@ -95,6 +95,11 @@
 //! Semantic versioning; the minimum supported Rust version is 1.89, and raising it is a minor release. The public API
 //! names types of `postgres` 0.19 in [`Error`]. PostgreSQL 12 or later by its SQL; tested with 15.
 
+// What only the real session and the real connections use.
+#![cfg_attr(all(test, shuttle), allow(dead_code))]
+
+mod answer;
+#[cfg_attr(all(test, shuttle), path = "model/connections.rs")]
 mod connections;
 mod error;
 mod follow_up;
@@ -105,21 +110,28 @@ mod hold;
 mod line;
 mod listener;
 mod lock;
+#[cfg(all(test, shuttle))]
+mod model;
 mod options;
 mod refresh;
+#[cfg_attr(all(test, shuttle), path = "model/session.rs")]
 mod session;
 mod sql;
 mod storage;
 mod stragglers;
+#[cfg_attr(all(test, shuttle), path = "model/sync.rs")]
+mod sync;
 mod term;
+#[cfg(test)]
+mod toy;
 mod wait;
 mod workers;
 
+pub use answer::LockInformation;
 pub use error::{Error, Result};
 pub use guard::LockGuard;
 pub use lock::StorageLock;
 pub use options::{LockOptions, PostgresStorageOptions};
-pub use session::LockInformation;
 pub use storage::PostgresStorage;
 
 /// The README's code is compiled with the doctests.

@@ -9,19 +9,19 @@
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::thread::{self, ThreadId};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::answer::{Claim, Granted};
 use crate::error::{Error, Result};
 use crate::hold::Hold;
 use crate::options::LockOptions;
-use crate::session::{Claim, Granted};
 use crate::sql::GRACE;
+use crate::sync::thread::{self, ThreadId};
+use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::wait::{FIRST_PAUSE, FIRST_PAUSE_OF_THE_DEAF, Patience, SLACK, pause};
-use crate::workers::{lock, wait_until};
 
 /// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
 /// hand-over to another process, which costs a millisecond or two, costs little in all; short enough to wait for.
@@ -284,6 +284,11 @@ impl Lines {
         if let Some(line) = lock(&self.0).get_mut(lock_id) {
             line.tell(Instant::now());
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.0).is_empty()
     }
 
     /// Whether anybody waits for other processes.
@@ -572,7 +577,7 @@ mod tests {
         assert!(!head.leave(false).is_queued);
         assert!(matches!(next.turn(&soon()), Turn::Over(None)), "it asks what is known");
         assert!(next.leave(false).is_queued);
-        assert!(lines.0.lock().unwrap().is_empty());
+        assert!(lines.is_empty());
     }
 
     #[test]
@@ -668,7 +673,7 @@ mod tests {
         let hold = take(&place, 1);
         assert!(!lines.any_waits(), "one that waits for its own process doesn't count");
         assert!(!lines.release_hold(&hold, Instant::now(), false));
-        assert!(!lines.any_waits() && lines.0.lock().unwrap().is_empty());
+        assert!(!lines.any_waits() && lines.is_empty());
     }
 
     fn hold(version: i64, left: Duration) -> Arc<Hold> {

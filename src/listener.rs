@@ -4,17 +4,16 @@
 //! how soon a waiter hears of a release: without it waiters ask from time to time. So whenever it comes or goes, they are told, and ask: what was
 //! sent before is not heard.
 
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::connections::Connections;
 use crate::line::{Lines, Listening};
 use crate::session::Session;
+use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::term::backoff;
-use crate::workers::{lock, wait_until};
 
 /// It is closed after so long without anybody who waits.
 const IDLE_TIME: Duration = Duration::from_secs(10);

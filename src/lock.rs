@@ -2,18 +2,18 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::answer::{Claim, LockInformation};
 use crate::error::{Error, Result};
 use crate::guard::LockGuard;
 use crate::hold::Hold;
 use crate::line::{self, Place, Turn};
 use crate::options::{LockOptions, check_id};
 use crate::refresh;
-use crate::session::{Claim, LockInformation};
 use crate::storage::{Attempt, PostgresStorage};
-use crate::wait::{Patience, SLACK};
+use crate::sync::{Instant, thread};
+use crate::wait::Patience;
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.
 ///
@@ -177,12 +177,7 @@ impl StorageLock {
     }
 
     fn attempt(&self, claim: &Claim, waits: bool, patience: &Patience) -> Result<Attempt> {
-        let now = Instant::now();
-        let mut deadline = patience.attempt_deadline(now, self.storage.longest_call());
-        if waits {
-            // Its patience may have ended while it stood in line.
-            deadline = deadline.min(patience.end(now) + SLACK);
-        }
+        let deadline = patience.attempt_deadline(Instant::now(), self.storage.longest_call(), waits);
         self.storage.acquire(claim, waits, self.options.version_miss_retry_times, deadline)
     }
 

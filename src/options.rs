@@ -320,8 +320,13 @@ fn check_text(option: &'static str, text: &str, max_bytes: usize) -> Result<()> 
 
 #[cfg(test)]
 mod tests {
+    use crate::sync::Instant;
+
+    use proptest::prelude::*;
+
     use super::*;
     use crate::error::Error;
+    use crate::term::{Term, safety_margin};
 
     fn refused(result: Result<()>) -> (&'static str, String, String) {
         match result {
@@ -447,5 +452,35 @@ mod tests {
         assert_eq!(config.get_connect_timeout(), Some(&Duration::from_secs(7)));
         assert_eq!(config.get_tcp_user_timeout(), Some(&Duration::from_secs(8)));
         assert_eq!(config.get_keepalives_idle(), Duration::from_secs(9));
+    }
+
+    fn any_duration() -> impl Strategy<Value = Duration> {
+        let any = (any::<u64>(), 0..1_000_000_000_u32).prop_map(|(seconds, nanos)| Duration::new(seconds, nanos));
+        let usual = (0..100_000_000_u64).prop_map(Duration::from_micros);
+        prop_oneof![1 => Just(Duration::ZERO), 1 => Just(Duration::MAX), 1 => any, 6 => usual]
+    }
+
+    proptest! {
+        /// A setting that is accepted leaves time for three attempts: it is asked for in time, and may get stuck twice.
+        #[test]
+        fn accepted_times_let_a_refresh_fail_twice(lease in any_duration(), refresh in proptest::option::of(any_duration())) {
+            let mut options = LockOptions::new("l").lease_expire_after(lease);
+            options.lease_refresh_interval = refresh;
+            if options.check().is_err() {
+                let longest = lease.saturating_sub(retry_time(lease));
+                let fits = refresh.is_none_or(|refresh| (MIN_REFRESH_INTERVAL..=longest).contains(&refresh));
+                prop_assert!(!(MIN_LEASE..=MAX_LEASE).contains(&lease) || !fits, "refused");
+                return Ok(());
+            }
+            let (start, interval) = (Instant::now(), options.refresh_interval());
+            let term = Term::new(start, lease, lease);
+            prop_assert_eq!(term.next_refresh(interval), start + interval, "later than it could be repeated");
+            prop_assert!(interval + retry_time(lease) <= lease && safety_margin(lease) < retry_time(lease));
+            let mut now = start + interval;
+            for attempt in 1..=3 {
+                prop_assert!(term.is_held(now), "no time for attempt {}", attempt);
+                now += term.attempt_time(now);
+            }
+        }
     }
 }

@@ -5,14 +5,13 @@
 //! It gives up only when the hold is over.
 
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::hold::Hold;
 use crate::storage::PostgresStorage;
+use crate::sync::{Instant, thread, wait_until};
 use crate::term::backoff;
-use crate::workers::wait_until;
 
 /// Little is done on it; only what is touched counts.
 const STACK_BYTES: usize = 256 * 1024;

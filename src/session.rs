@@ -19,7 +19,7 @@ use postgres::types::{ToSql, Type};
 use postgres::{Client, IsolationLevel, Row, Statement};
 use uuid::Uuid;
 
-use crate::error::is_connection_fault;
+use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInformation};
 use crate::sql::{self, Prepared, Sql};
 
 /// What all sessions of a storage know of the way to the server.
@@ -29,89 +29,6 @@ pub(crate) struct Route {
     pub(crate) is_pooled: AtomicBool,
     /// Goes up when a connection breaks: those opened before are likely to be broken too, and are not used again.
     pub(crate) generation: AtomicU64,
-}
-
-/// Why an operation has no result.
-#[derive(Debug)]
-pub(crate) enum Fault {
-    /// A pooler was recognised; nothing was done. The same on a new session will work.
-    Pooled,
-    Postgres(postgres::Error),
-}
-
-impl From<postgres::Error> for Fault {
-    fn from(error: postgres::Error) -> Fault {
-        Fault::Postgres(error)
-    }
-}
-
-/// Who asks for which lock, and under which lease.
-#[derive(Clone, Debug)]
-pub(crate) struct Claim {
-    pub(crate) lock_id: String,
-    pub(crate) owner_id: String,
-    /// Made before the first statement, so that a repetition after a lost answer recognises its own row.
-    pub(crate) lease_id: Uuid,
-    pub(crate) lease: Duration,
-}
-
-/// A hold, as the database gave it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Granted {
-    pub(crate) version: i64,
-    /// When the request was sent.
-    pub(crate) sent: Instant,
-    /// What the lease had left when it was answered.
-    pub(crate) left: Duration,
-    /// Other processes wait for it.
-    pub(crate) is_wanted: bool,
-}
-
-/// What the database said to an acquire.
-#[derive(Debug)]
-pub(crate) enum Acquired {
-    /// Ours. The owner before is named if its lease had run out without a release.
-    Taken { granted: Granted, taken_over_from: Option<String> },
-    /// Another's, for `left` to go unless it is refreshed or released; or free, and promised to another process for `left`. Of a
-    /// waiter, whether it stands in line now: it doesn't where the line is full.
-    Busy { version: i64, owner_id: String, left: Duration, is_promised: bool, is_queued: bool },
-    /// Somebody's transaction keeps the row locked.
-    Locked,
-    /// Free, but it changed hands, was locked, or couldn't be serialised while the statement ran.
-    Missed,
-    /// No such lock id has ever been held.
-    Absent,
-}
-
-/// One row of the table: the newest hold of a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct LockInformation {
-    /// The lock.
-    pub lock_id: String,
-    /// Who holds it, or held it last.
-    pub owner_id: String,
-    /// Counts the holds of this lock.
-    pub version: i64,
-    /// When the hold began, by the database's clock.
-    pub lock_begin_time: SystemTime,
-    /// From when on the lock is free unless it is refreshed, by the database's clock.
-    pub lease_expire_time: SystemTime,
-    /// When the hold was released, by the database's clock.
-    pub released_at: Option<SystemTime>,
-    /// Whether the hold was neither released nor expired when the row was read, by the database's clock.
-    pub is_held: bool,
-    /// How many processes wait for the lock and listen for its release. One that ended without leaving the line counts until the
-    /// lock was released to it.
-    pub waiters: usize,
-}
-
-/// What is in the place of our table.
-#[derive(Debug)]
-pub(crate) enum Found {
-    NoSchema,
-    NoTable,
-    Table { kind: String, persistence: String, columns: Vec<String>, has_key: bool },
 }
 
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
@@ -199,30 +116,23 @@ impl Session {
             row => row?,
         };
         let Some(newest) = row.try_get::<_, Option<i64>>(2)? else { return Ok(Acquired::Absent) };
-        let left = left(&row, 6, 7)?;
-        let (is_mine, is_released): (bool, bool) = (row.try_get(4)?, row.try_get(5)?);
-        let (is_wanted, is_queued): (bool, Option<bool>) = (row.try_get(8)?, row.try_get(9)?);
-        let owner_id: String = row.try_get(3)?;
-        Ok(match row.try_get::<_, Option<i64>>(1)? {
-            _ if left.is_zero() => Acquired::Missed,
-            Some(version) => Acquired::Taken {
-                granted: Granted { version, sent, left, is_wanted },
-                taken_over_from: if is_released { None } else { Some(owner_id) },
-            },
-            // The answer to an earlier copy of this statement was lost: the row is our own.
-            None if is_mine && !is_released => match self.confirm(sql, claim, newest)? {
-                Some(granted) => Acquired::Taken { granted, taken_over_from: None },
-                None => Acquired::Missed,
-            },
-            // It became free while the statement ran.
-            None if is_queued == Some(false) || (is_released && is_queued.is_none()) => Acquired::Missed,
-            None => Acquired::Busy {
-                version: newest,
-                owner_id,
-                left,
-                is_promised: is_released,
-                is_queued: is_queued == Some(true),
-            },
+        let row = AcquireRow {
+            taken: row.try_get(1)?,
+            newest,
+            owner_id: row.try_get(3)?,
+            is_mine: row.try_get(4)?,
+            is_released: row.try_get(5)?,
+            left: left(&row, 6, 7)?,
+            is_wanted: row.try_get(8)?,
+            is_queued: row.try_get(9)?,
+        };
+        let is_recognised = row.taken.is_none();
+        Ok(match row.meaning(sent) {
+            Acquired::Taken { granted, taken_over_from } if is_recognised => {
+                let confirmed = self.confirm(sql, claim, granted.version)?;
+                confirmed.map_or(Acquired::Missed, |granted| Acquired::Taken { granted, taken_over_from })
+            }
+            acquired => acquired,
         })
     }
 
@@ -451,21 +361,6 @@ impl Route {
     }
 }
 
-impl Fault {
-    /// Whether the session can't be used any more, while the same on a fresh one may work.
-    pub(crate) fn is_connection_fault(&self) -> bool {
-        match self {
-            Fault::Pooled => true,
-            Fault::Postgres(error) => is_connection_fault(error),
-        }
-    }
-
-    /// Whether what was asked may have happened all the same.
-    pub(crate) fn is_outcome_unknown(&self) -> bool {
-        !matches!(self, Fault::Pooled) && self.is_connection_fault()
-    }
-}
-
 fn is_serialization_failure(error: &postgres::Error) -> bool {
     error
         .code()
@@ -494,5 +389,7 @@ fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
+#[cfg(test)]
+mod likeness;
 #[cfg(test)]
 mod races;

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
+use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation};
 use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::follow_up::{FollowUps, Outcome, Unfinished};
@@ -14,8 +14,9 @@ use crate::hold::Hold;
 use crate::line::{Busy, Lines, Listening, Successor, Waiter};
 use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
-use crate::session::{Acquired, Claim, Fault, Found, Granted, LockInformation, Session};
+use crate::session::Session;
 use crate::sql::{COLUMNS, GRACE, Sql};
+use crate::sync::{Instant, thread};
 use crate::term::{Term, backoff};
 use crate::workers::{Urgency, Workers};
 

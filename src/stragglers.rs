@@ -4,7 +4,9 @@
 //! likely to be frozen, and further ones would only add to the pile; but it may also be a box in between that swallowed
 //! just these connections and serves new ones, so one more is let go from time to time.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::sync::Instant;
 
 /// Never more than this.
 pub(crate) const MAX: usize = 64;
@@ -32,6 +34,9 @@ impl Stragglers {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -44,5 +49,22 @@ mod tests {
         assert!(!stragglers.may_add(10, start + Duration::from_secs(59)));
         assert!(stragglers.may_add(63, start + Duration::from_secs(60)));
         assert!(!stragglers.may_add(64, start + Duration::from_secs(1_000)));
+    }
+
+    proptest! {
+        #[test]
+        fn beyond_eight_there_is_one_more_each_half_minute_at_most_and_never_one_beyond_64(
+            asked in vec((0..100_usize, 0..40_000_u64), 1..100),
+        ) {
+            let (mut stragglers, mut now, mut last) = (Stragglers::default(), Instant::now(), None::<Instant>);
+            for (stuck, after) in asked {
+                now += Duration::from_millis(after);
+                let (may, is_due) = (stragglers.may_add(stuck, now), last.is_none_or(|last| now - last >= ONE_MORE_AFTER));
+                prop_assert_eq!(may, stuck < AT_ONCE || (stuck < MAX && is_due), "{} stuck", stuck);
+                if may && stuck >= AT_ONCE {
+                    last = Some(now);
+                }
+            }
+        }
     }
 }

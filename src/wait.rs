@@ -1,8 +1,8 @@
 //! How long to wait for a busy lock, and when to ask again where nobody tells.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use uuid::Uuid;
+use crate::sync::{Instant, random};
 
 /// What an attempt that is under way when the caller's time is over may still take.
 pub(crate) const SLACK: Duration = Duration::from_millis(500);
@@ -46,12 +46,12 @@ impl Patience {
         }
     }
 
-    /// When an attempt that starts now has to be back, given how long it may take where nobody is in a hurry.
-    pub(crate) fn attempt_deadline(&self, now: Instant, longest: Duration) -> Instant {
-        match self {
-            Patience::Until(end) => (now + longest).min(end.max(&now).checked_add(SLACK).unwrap_or(*end)),
-            Patience::None | Patience::Forever => now + longest,
-        }
+    /// When an attempt that starts now has to be back, given how long it may take where nobody is in a hurry. The patience of
+    /// one that `has_waited` may have ended while it stood in line.
+    pub(crate) fn attempt_deadline(&self, now: Instant, longest: Duration, has_waited: bool) -> Instant {
+        let Patience::Until(end) = *self else { return now + longest };
+        let end = if has_waited { end } else { end.max(now) };
+        (now + longest).min(end.checked_add(SLACK).unwrap_or(end))
     }
 }
 
@@ -65,14 +65,26 @@ pub(crate) fn pause(first: Duration, rounds: u32, left: Option<Duration>) -> Dur
 
 /// Between 0 and 1.
 fn random_fraction() -> f64 {
-    f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX)
+    f64::from(random()) / f64::from(u32::MAX)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
+
+    /// The last instant that the clock can show.
+    fn last_instant(now: Instant) -> Instant {
+        let mut last = now;
+        for bit in (0..64).rev() {
+            last = last.checked_add(Duration::from_nanos(1 << bit)).unwrap_or(last);
+            last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        }
+        last
+    }
 
     #[test]
     fn a_timeout_of_zero_is_one_attempt_and_an_endless_one_is_for_ever() {
@@ -85,17 +97,16 @@ mod tests {
     #[test]
     fn an_attempt_ends_soon_after_the_patience() {
         let (now, long) = (Instant::now(), Duration::from_secs(10));
-        assert_eq!(Patience::Until(now + 2_000 * MS).attempt_deadline(now, long), now + 2_500 * MS);
-        assert_eq!(Patience::Until(now - MS).attempt_deadline(now, long), now + 500 * MS);
-        assert_eq!(Patience::Until(now + 99 * long).attempt_deadline(now, long), now + long);
-        assert_eq!(Patience::Forever.attempt_deadline(now, long), now + long);
-        // The last instant that the clock can show.
-        let mut last = now;
-        for bit in (0..64).rev() {
-            last = last.checked_add(Duration::from_nanos(1 << bit)).unwrap_or(last);
-            last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        for has_waited in [false, true] {
+            let deadline = |patience: Patience| patience.attempt_deadline(now, long, has_waited);
+            assert_eq!(deadline(Patience::Until(now + 2_000 * MS)), now + 2_500 * MS);
+            assert_eq!(deadline(Patience::Until(now + 99 * long)), now + long);
+            assert_eq!(deadline(Patience::Until(last_instant(now))), now + long);
+            assert_eq!(deadline(Patience::Forever), now + long);
         }
-        assert_eq!(Patience::Until(last).attempt_deadline(now, long), now + long);
+        let over = Patience::Until(now - 200 * MS);
+        assert_eq!(over.attempt_deadline(now, long, false), now + 500 * MS);
+        assert_eq!(over.attempt_deadline(now, long, true), now + 300 * MS);
     }
 
     #[test]
@@ -110,5 +121,36 @@ mod tests {
     #[test]
     fn a_pause_ends_with_the_lease() {
         assert_eq!(pause(FIRST_PAUSE, 9, Some(7 * MS)), 7 * MS);
+    }
+
+    fn any_duration() -> impl Strategy<Value = Duration> {
+        let any = (any::<u64>(), 0..1_000_000_000_u32).prop_map(|(seconds, nanos)| Duration::new(seconds, nanos));
+        prop_oneof![Just(Duration::ZERO), Just(Duration::MAX), any, (0..100_000_u64).prop_map(Duration::from_millis)]
+    }
+
+    proptest! {
+        #[test]
+        fn no_patience_panics_and_its_attempts_end_in_time(
+            lasting in any_duration(), later in 0..100_000_u32, longest in 0..5_000_000_u32, has_waited: bool, is_last: bool,
+        ) {
+            let start = Instant::now();
+            let patience = if is_last { Patience::Until(last_instant(start)) } else { Patience::lasting(lasting) };
+            let (now, longest) = (start + later * MS, longest * MS);
+            let (end, attempt) = (patience.end(now), patience.attempt_deadline(now, longest, has_waited));
+            prop_assert_eq!(patience.is_over(now), end <= now);
+            prop_assert!(attempt <= now + longest);
+            prop_assert!(attempt <= end.max(now).checked_add(SLACK).unwrap_or(end));
+            // One that stood in line is back soon after its patience ended, also where that was some time ago.
+            prop_assert!(!has_waited || end.checked_add(SLACK).is_none_or(|end| attempt <= end));
+            prop_assert!(has_waited || attempt >= now + longest.min(SLACK));
+        }
+
+        #[test]
+        fn a_pause_is_within_its_bounds(first in any_duration(), rounds: u32, left in proptest::option::of(any_duration())) {
+            let pause = pause(first, rounds, left);
+            prop_assert!(pause <= LONGEST_PAUSE && left.is_none_or(|left| pause <= left));
+            let half = first.min(LONGEST_PAUSE) / 2;
+            prop_assert!(pause >= half || Some(pause) == left, "{:?} of {:?}", pause, first);
+        }
     }
 }

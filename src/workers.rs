@@ -12,14 +12,15 @@
 //! - No mutex is held while a task runs.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
+use crate::answer::Fault;
 use crate::connections::{CheckedOut, Connections};
 use crate::error::{Error, Result};
-use crate::session::{Fault, Session};
+use crate::session::Session;
 use crate::stragglers::Stragglers;
+use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 
 /// A worker without work ends after this, and closes its connection.
 const IDLE_TIME: Duration = Duration::from_secs(60);
@@ -29,17 +30,6 @@ const LOOK: Duration = Duration::from_millis(250);
 const MAX_TRIES: u32 = 3;
 /// Enough for the client, the logger and TLS; only what is touched counts.
 const STACK_BYTES: usize = 512 * 1024;
-
-/// Locks a mutex whether or not a thread panicked while holding it: what our mutexes guard is valid at every step.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Waits for a notification, at most until `until`.
-pub(crate) fn wait_until<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, until: Instant) -> MutexGuard<'a, T> {
-    let left = until.saturating_duration_since(Instant::now());
-    condvar.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Urgency {

@@ -17,12 +17,12 @@ fn dsn() -> String {
 }
 
 /// A table of the test's own.
-struct Table {
-    sql: Sql,
+pub(super) struct Table {
+    pub(super) sql: Sql,
 }
 
 impl Table {
-    fn new() -> Table {
+    pub(super) fn new() -> Table {
         let name = format!("race_{}", Uuid::new_v4().simple());
         let sql = Sql::new("public", &name);
         client().batch_execute(&sql.create_table).unwrap();
@@ -40,11 +40,11 @@ impl Drop for Table {
     }
 }
 
-fn client() -> Client {
+pub(super) fn client() -> Client {
     Client::connect(&dsn(), NoTls).unwrap()
 }
 
-fn session() -> Session {
+pub(super) fn session() -> Session {
     let mut config: Config = dsn().parse().unwrap();
     config.options(sql::SESSION_OPTIONS);
     Session::new(config.connect(NoTls).unwrap(), true, Arc::default(), 0).unwrap()

@@ -1,0 +1,323 @@
+//! A session with the toy server: one row in memory, behind a network that the checker lets be slow or lossy.
+
+#![allow(clippy::expect_used)]
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use postgres::Config;
+use uuid::Uuid;
+
+use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation};
+use crate::hold::Hold;
+use crate::sql::{COLUMNS, Sql};
+use crate::sync::{Condvar, Instant, Mutex, lock, random, thread, wait_until};
+use crate::toy::Row;
+
+/// What the network does to statements.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Weather {
+    /// How long a request and an answer are under way at most.
+    pub(crate) delay: Duration,
+    /// One statement in so many is lost, or its answer is, and its connection with it; none if zero.
+    pub(crate) losses: u32,
+    /// The same for refreshes, beside those.
+    pub(crate) lost_refreshes: u32,
+    /// There is a pooler in the way of notifications.
+    pub(crate) is_deaf: bool,
+}
+
+/// After so long the client gives up a connection that is silent.
+const SILENCE: Duration = Duration::from_secs(15);
+
+thread_local! {
+    /// Of the execution that runs. It is never borrowed where another thread may go on.
+    static SERVER: RefCell<Server> = RefCell::default();
+}
+
+#[derive(Default)]
+pub(crate) struct Server {
+    pub(crate) weather: Weather,
+    pub(crate) row: Option<Row>,
+    /// By lease, how often somebody ended the hold: released it or handed it over. Zero of one that runs.
+    pub(crate) ends: BTreeMap<i64, u32>,
+    /// The versions, by lease.
+    versions: HashMap<Uuid, i64>,
+    /// How many statements came.
+    pub(crate) statements: u32,
+    inboxes: HashMap<Uuid, Arc<Inbox>>,
+    /// The holds that somebody counts on.
+    watched: Vec<Arc<Hold>>,
+    /// The versions that were found not to be trusted any more.
+    over: BTreeSet<i64>,
+    /// Somebody changes the row behind the library's back: what it says is not the truth.
+    pub(crate) is_tampered: bool,
+}
+
+#[derive(Default)]
+struct Inbox {
+    payloads: Mutex<VecDeque<String>>,
+    came: Condvar,
+}
+
+/// Looks at the server, or changes it, at one moment.
+pub(crate) fn server<T>(look: impl FnOnce(&mut Server) -> T) -> T {
+    SERVER.with_borrow_mut(look)
+}
+
+/// A server of an execution's own.
+pub(crate) fn start_server(weather: Weather) {
+    SERVER.set(Server { weather, ..Server::default() });
+}
+
+impl Server {
+    /// From now on, nobody else may own the lock while this hold says that it is held.
+    pub(crate) fn watch(&mut self, hold: &Arc<Hold>) {
+        self.watched.push(Arc::clone(hold));
+    }
+
+    /// Its holder is about to give it back.
+    pub(crate) fn unwatch(&mut self, hold: &Arc<Hold>) {
+        let place = self.watched.iter().position(|watched| Arc::ptr_eq(watched, hold)).expect("watched");
+        self.watched.swap_remove(place);
+    }
+
+    fn began(&mut self, claim: &Claim, version: i64) {
+        self.versions.insert(claim.lease_id, version);
+        self.ends.entry(version).or_default();
+    }
+
+    fn ended(&mut self, claim: &Claim) {
+        if let Some(version) = self.versions.get(&claim.lease_id) {
+            *self.ends.entry(*version).or_default() += 1;
+        }
+    }
+}
+
+/// Checks that what is trusted is true. Each hold is asked after the row was looked at: if it is trusted then, it was trusted
+/// at that moment, because nothing revives a hold, and the row was its own.
+pub(crate) fn check() {
+    let now = Instant::now();
+    let (row, watched, is_tampered) = server(|server| (server.row.clone(), server.watched.clone(), server.is_tampered));
+    let Some(row) = row.filter(|_| !is_tampered) else { return };
+    for hold in watched {
+        let (version, was_over) = (hold.version, server(|server| server.over.contains(&hold.version)));
+        if hold.is_held() {
+            assert!(!was_over, "version {version} is trusted again");
+            let is_true = row.is_held_by(&hold.claim, now) && row.version == version;
+            assert!(is_true, "version {version} is trusted at {now:?}, but there is {row:?}");
+        } else {
+            server(|server| server.over.insert(version));
+        }
+    }
+}
+
+pub(crate) struct Session {
+    pub(crate) is_broken: bool,
+    inbox: Option<Arc<Inbox>>,
+}
+
+/// As if the connection had been lost: an error without the server's words.
+fn lost() -> Fault {
+    Fault::Postgres("port=none".parse::<Config>().expect_err("not a port"))
+}
+
+/// One in `of`.
+fn chance(of: u32) -> bool {
+    of > 0 && random().is_multiple_of(of)
+}
+
+/// A request or an answer is under way.
+fn travel(weather: &Weather) {
+    match random() % 4 {
+        _ if weather.delay.is_zero() => {}
+        0 => thread::sleep(weather.delay),
+        1 => thread::sleep(weather.delay / 16),
+        _ => {}
+    }
+}
+
+impl Session {
+    pub(crate) fn new() -> Session {
+        Session { is_broken: false, inbox: None }
+    }
+
+    /// Runs a statement on the server, at one moment, unless it gets lost.
+    fn run<T>(
+        &mut self,
+        is_refresh: bool,
+        statement: impl FnOnce(&mut Server, Instant) -> (T, Vec<(Uuid, String)>),
+    ) -> Result<T, Fault> {
+        let weather = server(|server| server.weather);
+        let is_lost = chance(weather.losses) || is_refresh && chance(weather.lost_refreshes);
+        let (is_request_lost, is_silent) = (is_lost && random().is_multiple_of(2), random().is_multiple_of(2));
+        travel(&weather);
+        let mut answer = None;
+        if !is_request_lost {
+            let now = Instant::now();
+            let (said, told) = server(|server| {
+                server.statements += 1;
+                statement(server, now)
+            });
+            for (waiter, payload) in told {
+                let inbox = server(|server| server.inboxes.get(&waiter).cloned());
+                if let Some(inbox) = inbox {
+                    lock(&inbox.payloads).push_back(payload);
+                    inbox.came.notify_all();
+                }
+            }
+            check();
+            answer = Some(said);
+        }
+        match answer {
+            Some(answer) if !is_lost => {
+                travel(&weather);
+                Ok(answer)
+            }
+            _ => {
+                if is_silent {
+                    thread::sleep(SILENCE);
+                }
+                Err(lost())
+            }
+        }
+    }
+
+    pub(crate) fn acquire(&mut self, _: &Sql, claim: &Claim, waiter: Option<Uuid>) -> Result<Acquired, Fault> {
+        let sent = Instant::now();
+        self.run(false, |server, now| {
+            let Some(row) = &mut server.row else { return (Acquired::Absent, Vec::new()) };
+            let answer = row.acquire(claim, waiter, now);
+            if let Some(version) = answer.taken {
+                server.began(claim, version);
+            }
+            (answer.meaning(sent), Vec::new())
+        })
+    }
+
+    pub(crate) fn create(&mut self, _: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
+        let sent = Instant::now();
+        self.run(false, |server, now| {
+            if server.row.is_some() {
+                return (Acquired::Missed, Vec::new());
+            }
+            server.row = Some(Row::create(claim, now));
+            server.began(claim, 1);
+            let granted = Granted { version: 1, sent, left: claim.lease, is_wanted: false };
+            (Acquired::Taken { granted, taken_over_from: None }, Vec::new())
+        })
+    }
+
+    pub(crate) fn refresh(&mut self, _: &Sql, claim: &Claim, version: i64) -> Result<Option<bool>, Fault> {
+        self.run(true, |server, now| (server.row.as_mut().and_then(|row| row.refresh(claim, version, now)), Vec::new()))
+    }
+
+    pub(crate) fn release(
+        &mut self,
+        _: &Sql,
+        claim: &Claim,
+        version: Option<i64>,
+        waiter: Option<Uuid>,
+        waits_again: bool,
+    ) -> Result<Option<u32>, Fault> {
+        self.run(false, |server, now| {
+            let told = server.row.as_mut().and_then(|row| row.release(claim, version, waiter, waits_again, now));
+            if told.is_some() {
+                server.ended(claim);
+            }
+            let count = told.as_ref().map(|told| told.len() as u32);
+            (count, notifications(told.unwrap_or_default(), &claim.lock_id))
+        })
+    }
+
+    pub(crate) fn hand_over(
+        &mut self,
+        _: &Sql,
+        claim: &Claim,
+        version: i64,
+        next: &Claim,
+    ) -> Result<Option<Granted>, Fault> {
+        let sent = Instant::now();
+        self.run(false, |server, now| {
+            let given = server.row.as_mut().and_then(|row| row.hand_over(claim, version, next, now));
+            if let Some((version, ..)) = given {
+                server.ended(claim);
+                server.began(next, version);
+            }
+            (given.map(|(version, left, is_wanted)| Granted { version, sent, left, is_wanted }), Vec::new())
+        })
+    }
+
+    pub(crate) fn withdraw(&mut self, _: &Sql, lock_id: &str, waiter: Uuid) -> Result<bool, Fault> {
+        self.run(false, |server, _| {
+            let told = server.row.as_mut().map(|row| row.withdraw(waiter)).unwrap_or_default();
+            (true, notifications(told, lock_id))
+        })
+    }
+
+    pub(crate) fn is_direct(&self) -> bool {
+        server(|server| !server.weather.is_deaf)
+    }
+
+    pub(crate) fn listen(&mut self, waiter: Uuid) -> Result<(), postgres::Error> {
+        self.inbox = Some(server(|server| Arc::clone(server.inboxes.entry(waiter).or_default())));
+        Ok(())
+    }
+
+    pub(crate) fn notification(&mut self, patience: Duration) -> Result<Option<String>, postgres::Error> {
+        let Some(inbox) = &self.inbox else { return Ok(None) };
+        let until = Instant::now() + patience;
+        let mut payloads = lock(&inbox.payloads);
+        while payloads.is_empty() && Instant::now() < until {
+            payloads = wait_until(&inbox.came, payloads, until);
+        }
+        Ok(payloads.pop_front())
+    }
+
+    pub(crate) fn is_alive(&mut self, _: Duration) -> bool {
+        true
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn route_generation(&self) -> u64 {
+        0
+    }
+
+    pub(crate) fn mark_broken(&mut self) {
+        self.is_broken = true;
+    }
+
+    pub(crate) fn inspect(&mut self, _: &str, _: &str) -> Result<Found, Fault> {
+        let columns = COLUMNS
+            .iter()
+            .map(|(name, type_, is_required)| format!("{name} {type_}{}", if *is_required { " NOT NULL" } else { "" }));
+        let (kind, persistence) = ("r".to_owned(), "p".to_owned());
+        Ok(Found::Table { kind, persistence, columns: columns.collect(), has_key: true })
+    }
+
+    pub(crate) fn create_table(&mut self, _: &Sql) -> Result<bool, Fault> {
+        Ok(false)
+    }
+
+    pub(crate) fn get(&mut self, _: &Sql, _: &str) -> Result<Option<LockInformation>, Fault> {
+        Ok(None)
+    }
+
+    pub(crate) fn list(&mut self, _: &Sql) -> Result<Vec<LockInformation>, Fault> {
+        Ok(Vec::new())
+    }
+
+    pub(crate) fn server_time(&mut self) -> Result<SystemTime, Fault> {
+        Ok(SystemTime::UNIX_EPOCH)
+    }
+}
+
+/// What the waiters are told, each with its place.
+fn notifications(told: Vec<Uuid>, lock_id: &str) -> Vec<(Uuid, String)> {
+    (1..).zip(told).map(|(place, waiter)| (waiter, format!("{place} {lock_id}"))).collect()
+}

@@ -1,0 +1,137 @@
+//! Whether the toy of the row, on which the other checks rely, does what the statements do on a real server.
+
+use std::cell::RefCell;
+
+use proptest::prelude::*;
+
+use super::races::{Table, client, session};
+use super::*;
+use crate::answer::properties::{Step, new_claim, steps};
+use crate::toy;
+
+/// So far from now that the time that a step takes makes no difference.
+const FAR: Duration = Duration::from_secs(3_600);
+
+/// An answer without its times: what is compared.
+fn gist(answer: &Acquired) -> (&'static str, i64, Option<&str>, bool, bool) {
+    match answer {
+        Acquired::Taken { granted, taken_over_from } => {
+            ("taken", granted.version, taken_over_from.as_deref(), granted.is_wanted, false)
+        }
+        Acquired::Busy { version, owner_id, is_promised, is_queued, .. } => {
+            ("busy", *version, Some(owner_id), *is_promised, *is_queued)
+        }
+        Acquired::Locked => ("locked", 0, None, false, false),
+        Acquired::Missed => ("missed", 0, None, false, false),
+        Acquired::Absent => ("absent", 0, None, false, false),
+    }
+}
+
+/// A row without its times.
+type State = (i64, String, Uuid, bool, bool, Vec<Uuid>);
+
+fn state_of(row: &toy::Row, now: Instant) -> State {
+    let is_over = row.lease_end <= now;
+    (row.version, row.owner_id.clone(), row.lease_id, row.released_at.is_some(), is_over, row.waiters.clone())
+}
+
+/// One table, and a lock for each case.
+struct Server {
+    table: Table,
+    session: Session,
+    client: Client,
+}
+
+impl Server {
+    fn set(&mut self, lock_id: &str, change: &str) {
+        let sql = format!("UPDATE {} SET {change} WHERE lock_id = $1", self.table.sql.table);
+        self.client.execute(&sql, &[&lock_id]).unwrap();
+    }
+
+    fn state(&mut self, lock_id: &str) -> State {
+        let sql = format!(
+            "SELECT version, owner_id, lease_id, released_at IS NOT NULL, lease_expire_time <= clock_timestamp(),
+                    coalesce(waiters, '{{}}') FROM {} WHERE lock_id = $1",
+            self.table.sql.table
+        );
+        let row = self.client.query_one(&sql, &[&lock_id]).unwrap();
+        (row.get(0), row.get(1), row.get(2), row.get(3), row.get(4), row.get(5))
+    }
+
+    /// Does the steps on the server and on the toy, and compares every answer and every state of the row.
+    fn compare(&mut self, steps: &[Step]) {
+        let now = Instant::now();
+        let lock_id = Uuid::new_v4().to_string();
+        let claim = || Claim { lock_id: lock_id.clone(), lease: FAR, ..new_claim() };
+        let (mut claims, waiters) = ([claim(), claim(), claim()], [0, 1, 2].map(|_| Uuid::new_v4()));
+        let mut held = [None, None, None];
+        held[0] = Some((claims[0].clone(), 1));
+        let mut row = toy::Row::create(&claims[0], now);
+        let created = self.session.create(&self.table.sql, &claims[0]).unwrap();
+        assert!(matches!(created, Acquired::Taken { .. }));
+        for step in steps {
+            let (session, sql) = (&mut self.session, &self.table.sql);
+            match *step {
+                Step::Acquire { who, waits } | Step::Repeat { who, waits } => {
+                    if matches!(step, Step::Acquire { .. }) {
+                        claims[who] = claim();
+                    }
+                    let waiter = waits.then_some(waiters[who]);
+                    let said = session.acquire(sql, &claims[who], waiter).unwrap();
+                    let toys = row.acquire(&claims[who], waiter, now).meaning(now);
+                    assert_eq!(gist(&said), gist(&toys), "{step:?}");
+                    if let Acquired::Taken { granted, .. } = said {
+                        held[who] = Some((claims[who].clone(), granted.version));
+                    }
+                }
+                Step::Refresh { who } => {
+                    let Some((claim, version)) = &held[who] else { continue };
+                    let said = session.refresh(sql, claim, *version).unwrap();
+                    assert_eq!(said, row.refresh(claim, *version, now), "{step:?}");
+                }
+                Step::Release { who, waits_again } => {
+                    let Some((claim, version)) = &held[who] else { continue };
+                    let waiter = Some(waiters[who]);
+                    let was_released = row.released_at;
+                    let said = session.release(sql, claim, Some(*version), waiter, waits_again).unwrap();
+                    let toys = row.release(claim, Some(*version), waiter, waits_again, now);
+                    assert_eq!(said, toys.map(|told| told.len() as u32), "{step:?}");
+                    if row.released_at != was_released {
+                        // A promise lasts, until it is made to be over.
+                        row.released_at = Some(now + FAR);
+                        self.set(&lock_id, "released_at = clock_timestamp() + interval '1 hour'");
+                    }
+                }
+                Step::HandOver { who } => {
+                    let (next, Some((claim, version))) = (claim(), &held[who]) else { continue };
+                    let said = session.hand_over(sql, claim, *version, &next).unwrap();
+                    let said = said.map(|granted| (granted.version, granted.is_wanted));
+                    let toys = row.hand_over(claim, *version, &next, now);
+                    assert_eq!(said, toys.map(|(version, _, is_wanted)| (version, is_wanted)), "{step:?}");
+                    held[who] = said.map(|(version, _)| (next, version)).or(held[who].take());
+                }
+                Step::Withdraw { who } => {
+                    assert!(session.withdraw(sql, &lock_id, waiters[who]).unwrap());
+                    row.withdraw(waiters[who]);
+                }
+                Step::Pass(5_000..) => {
+                    row.lease_end = now - Duration::from_secs(1);
+                    self.set(&lock_id, "lease_expire_time = clock_timestamp() - interval '1 second'");
+                }
+                Step::Pass(50..) if row.released_at.is_some() => {
+                    row.released_at = Some(now - Duration::from_secs(1));
+                    self.set(&lock_id, "released_at = clock_timestamp() - interval '1 second'");
+                }
+                Step::Pass(_) => {}
+            }
+            assert_eq!(self.state(&lock_id), state_of(&row, now), "after {step:?}");
+        }
+    }
+}
+
+#[test]
+fn the_toy_answers_as_the_server_does() {
+    let server = RefCell::new(Server { table: Table::new(), session: session(), client: client() });
+    let config = ProptestConfig { cases: 100, ..ProptestConfig::default() };
+    proptest!(config, |(steps in steps())| server.borrow_mut().compare(&steps));
+}
