@@ -41,6 +41,10 @@ pub(crate) struct Granted {
     pub(crate) left: Duration,
     /// Other processes wait for it.
     pub(crate) is_wanted: bool,
+    /// An earlier copy of the statement took it, whose answer was lost. That was another session, which may have ended before
+    /// a synchronous standby had its commit (terminated, or with the server, which has then restarted), and reading the row waits
+    /// for no standby: only what this session writes and commits does. To be trusted it has to be refreshed.
+    pub(crate) is_recognised: bool,
 }
 
 /// What the database said to an acquire.
@@ -117,12 +121,13 @@ impl AcquireRow {
         match taken {
             _ if left.is_zero() => Acquired::Missed,
             Some(version) => Acquired::Taken {
-                granted: Granted { version, sent, left, is_wanted },
+                granted: Granted { version, sent, left, is_wanted, is_recognised: false },
                 taken_over_from: if is_released { None } else { Some(owner_id) },
             },
             // The answer to an earlier copy of this statement was lost: the row is our own.
             None if is_mine && !is_released => {
-                Acquired::Taken { granted: Granted { version: newest, sent, left, is_wanted }, taken_over_from: None }
+                let granted = Granted { version: newest, sent, left, is_wanted, is_recognised: true };
+                Acquired::Taken { granted, taken_over_from: None }
             }
             // It became free while the statement ran.
             None if is_queued == Some(false) || (is_released && is_queued.is_none()) => Acquired::Missed,

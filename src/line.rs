@@ -500,7 +500,7 @@ mod tests {
     }
 
     fn granted(version: i64) -> Granted {
-        Granted { version, sent: Instant::now(), left: LONG, is_wanted: false }
+        Granted { version, sent: Instant::now(), left: LONG, is_wanted: false, is_recognised: false }
     }
 
     fn take(place: &Place<'_>, version: i64) -> Arc<Hold> {

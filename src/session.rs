@@ -126,14 +126,7 @@ impl Session {
             is_wanted: row.try_get(8)?,
             is_queued: row.try_get(9)?,
         };
-        let is_recognised = row.taken.is_none();
-        Ok(match row.meaning(sent) {
-            Acquired::Taken { granted, taken_over_from } if is_recognised => {
-                let confirmed = self.confirm(sql, claim, granted.version)?;
-                confirmed.map_or(Acquired::Missed, |granted| Acquired::Taken { granted, taken_over_from })
-            }
-            acquired => acquired,
-        })
+        Ok(row.meaning(sent))
     }
 
     /// The first hold of a lock id. A stale snapshot that saw no row must not insert the first version again after
@@ -160,18 +153,10 @@ impl Session {
             ],
         )?;
         let Some(row) = rows.first() else { return Ok(Acquired::Missed) };
-        let granted = Granted { version: row.try_get(0)?, sent, left: left(row, 1, 2)?, is_wanted: false };
+        let left = left(row, 1, 2)?;
+        let granted = Granted { version: row.try_get(0)?, sent, left, is_wanted: false, is_recognised: false };
         transaction.commit()?;
         Ok(Acquired::Taken { granted, taken_over_from: None })
-    }
-
-    /// A hold that was recognised as our own. Its row was committed by another session, which may have ended before a
-    /// synchronous standby had it (terminated, or with the server, which has then restarted), and reading a row waits
-    /// for no standby: only what this session writes and commits does.
-    fn confirm(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<Option<Granted>, Fault> {
-        let sent = Instant::now();
-        let is_wanted = self.refresh(sql, claim, version)?;
-        Ok(is_wanted.map(|is_wanted| Granted { version, sent, left: claim.lease, is_wanted }))
     }
 
     /// Renews the lease to its full length and says whether other processes wait; none if the hold is not there any more.
@@ -244,10 +229,13 @@ impl Session {
             row => row?,
         };
         let Some(version) = row.try_get(1)? else { return Ok(None) };
-        if row.try_get(5)? {
-            return self.confirm(sql, next, version);
-        }
-        Ok(Some(Granted { version, sent, left: left(&row, 2, 3)?, is_wanted: row.try_get(4)? }))
+        Ok(Some(Granted {
+            version,
+            sent,
+            left: left(&row, 2, 3)?,
+            is_wanted: row.try_get(4)?,
+            is_recognised: row.try_get(5)?,
+        }))
     }
 
     /// Takes a waiter out of the line; false if the lock changed hands meanwhile, and it has to be repeated.

@@ -305,7 +305,8 @@ impl PostgresStorage {
         let mut is_repetition = false;
         let call = move |session: &mut Session| {
             let was_tried = std::mem::replace(&mut is_repetition, true);
-            Ok((session.hand_over(&sql, &before.claim, before.version, &owned)?, was_tried))
+            let granted = session.hand_over(&sql, &before.claim, before.version, &owned)?;
+            Ok((granted.map(|granted| confirmed(session, &sql, &owned, granted)).transpose()?.flatten(), was_tried))
         };
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let unfinished = move |late: Option<(&mut Session, (Option<Granted>, bool))>| match late {
@@ -436,6 +437,8 @@ fn acquire_on(
     loop {
         let outcome = match session.acquire(sql, claim, waiter)? {
             Acquired::Absent => session.create(sql, claim)?,
+            Acquired::Taken { granted, taken_over_from } => confirmed(session, sql, claim, granted)?
+                .map_or(Acquired::Missed, |granted| Acquired::Taken { granted, taken_over_from }),
             outcome => outcome,
         };
         match outcome {
@@ -467,6 +470,16 @@ fn acquire_on(
             Acquired::Missed | Acquired::Absent | Acquired::Locked => return Ok(Attempt::Busy(Busy::default())),
         }
     }
+}
+
+/// What was granted, refreshed if it was only recognised; none if it has gone since.
+fn confirmed(session: &mut Session, sql: &Sql, claim: &Claim, granted: Granted) -> Result<Option<Granted>, Fault> {
+    if !granted.is_recognised {
+        return Ok(Some(granted));
+    }
+    let sent = Instant::now();
+    let is_wanted = session.refresh(sql, claim, granted.version)?;
+    Ok(is_wanted.map(|is_wanted| Granted { sent, left: claim.lease, is_wanted, is_recognised: false, ..granted }))
 }
 
 impl fmt::Debug for PostgresStorage {

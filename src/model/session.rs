@@ -205,7 +205,7 @@ impl Session {
             }
             server.row = Some(Row::create(claim, now));
             server.began(claim, 1);
-            let granted = Granted { version: 1, sent, left: claim.lease, is_wanted: false };
+            let granted = Granted { version: 1, sent, left: claim.lease, is_wanted: false, is_recognised: false };
             (Acquired::Taken { granted, taken_over_from: None }, Vec::new())
         })
     }
@@ -241,12 +241,14 @@ impl Session {
     ) -> Result<Option<Granted>, Fault> {
         let sent = Instant::now();
         self.run(false, |server, now| {
+            let is_recognised = server.row.as_ref().is_some_and(|row| row.lease_id == next.lease_id);
             let given = server.row.as_mut().and_then(|row| row.hand_over(claim, version, next, now));
             if let Some((version, ..)) = given {
                 server.ended(claim);
                 server.began(next, version);
             }
-            (given.map(|(version, left, is_wanted)| Granted { version, sent, left, is_wanted }), Vec::new())
+            let granted = |(version, left, is_wanted)| Granted { version, sent, left, is_wanted, is_recognised };
+            (given.map(granted), Vec::new())
         })
     }
 
