@@ -141,6 +141,7 @@ pub struct Plan {
     pub network: Vec<Vec<Planned>>,
     pub server: Vec<Planned>,
     pub database: Vec<Planned>,
+    pub undone: Vec<Planned>,
     /// The worker whose wall clock can be moved.
     pub clock: Option<usize>,
 }
@@ -149,12 +150,18 @@ impl Plan {
     /// Draws a plan. Each seed uses about half of what there is, so that what one hurt hides another seed shows.
     pub fn draw(seed: u64, workers: usize, lasts: Duration, lease: Duration) -> Plan {
         let mut random = StdRng::seed_from_u64(seed);
-        let mut used: Vec<&str> = KINDS.into_iter().filter(|_| random.random_bool(0.5)).collect();
+        let mut used: Vec<&str> = if random.random_bool(0.3) {
+            // One or two things, again and again.
+            KINDS.choose_multiple(&mut random, 2).copied().collect()
+        } else {
+            KINDS.into_iter().filter(|_| random.random_bool(0.5)).collect()
+        };
         if used.is_empty() {
             used.extend(KINDS);
         }
         // It weakens what can be asked for, so it comes in some seeds only.
-        if random.random_bool(0.25) {
+        let undoes = random.random_bool(0.25);
+        if undoes {
             used.push("undone commit");
         }
         let clock = used.contains(&"wall clock").then(|| random.random_range(0..workers));
@@ -196,13 +203,15 @@ impl Plan {
                     Hurt::Stall { requests: which & 1 > 0, answers: which & 2 > 0, then_cuts: random.random_bool(0.4) };
                 // Parts of our statements, and of the names that go with those that are prepared.
                 let to = ["pg_try_advisory", "acquire \"", "refresh \"", "release \"", "hand over \""];
-                let mut to = || to.choose(random).copied().expect("one of five");
-                let (lost, late) = (Hurt::LoseAnswer { to: to() }, to());
-                let late = Hurt::HoldBackAnswer { to: late, by: random.random_range(ms(100)..lease * 3 / 2) };
+                let lost = Hurt::LoseAnswer { to: to.choose(random).copied().expect("one of five") };
+                // To be late matters most where a transaction has begun.
+                let to = if random.random_bool(0.3) { Some(&to[0]) } else { to.choose(random) };
+                let by = if random.random_bool(0.5) { ms(100)..ms(500) } else { lease * 3 / 4..lease * 3 / 2 };
+                let late = Hurt::HoldBackAnswer { to: to.expect("one of five"), by: random.random_range(by) };
                 let all = [
                     (Hurt::Cut, ms(0)),
                     (lost, ms(200)),
-                    (late, ms(500)),
+                    (late, ms(800)),
                     (delay, random.random_range(ms(500)..ms(2_500))),
                     (stall, random.random_range(ms(100)..lease * 3 / 2)),
                 ];
@@ -224,11 +233,11 @@ impl Plan {
                 (Hurt::TakeAllConnections, random.random_range(ms(200)..ms(1_500))),
                 (Hurt::KeepSnapshot, random.random_range(ms(500)..ms(3_000))),
                 (Hurt::LockRow, random.random_range(ms(50)..lease * 5 / 4)),
-                (Hurt::UndoCommit, ms(0)),
             ];
             all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
         });
-        Plan { process, network, server, database, clock }
+        let undone = track(ms(2_000), &|_| if undoes { vec![(Hurt::UndoCommit, ms(0))] } else { Vec::new() });
+        Plan { process, network, server, database, undone, clock }
     }
 
     /// Everything, in the order of its beginning, with the worker that it is done to.
@@ -239,7 +248,7 @@ impl Plan {
                 all.extend(track.iter().map(|planned| (Some(worker), planned)));
             }
         }
-        all.extend(self.server.iter().chain(&self.database).map(|planned| (None, planned)));
+        all.extend(self.server.iter().chain(&self.database).chain(&self.undone).map(|planned| (None, planned)));
         all.sort_by_key(|(_, planned)| planned.at);
         all
     }
@@ -284,7 +293,9 @@ impl Targets<'_> {
                     None
                 })
             });
-            scope.spawn(|| self.run(&plan.database, lasts, None, |planned| self.hurt_database(planned)));
+            for track in [&plan.database, &plan.undone] {
+                scope.spawn(|| self.run(track, lasts, None, |planned| self.hurt_database(planned)));
+            }
         });
     }
 

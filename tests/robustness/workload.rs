@@ -40,7 +40,7 @@ const SLACK: Duration = ms(500);
 /// What the names of the library's threads begin with, and those of what it uses.
 const OURS: [&str; 3] = ["lock-", "r2d2-", "tokio-"];
 /// A new lock comes into use so often.
-const FRESH_TIME: Duration = ms(700);
+const FRESH_TIME: Duration = ms(1_500);
 
 /// What a worker is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -218,7 +218,7 @@ impl Worker<'_> {
                 let (back, worker) = if self.random.random_bool(0.5) {
                     (0, self.setting.worker)
                 } else {
-                    (self.random.random_range(1..6), self.random.random_range(0..self.setting.workers))
+                    (self.random.random_range(1..3), self.random.random_range(0..self.setting.workers))
                 };
                 (format!("{FRESH}-{}-{worker}", age.saturating_sub(back)), how)
             }
@@ -227,7 +227,7 @@ impl Worker<'_> {
         // What others want is held for long only now and then.
         let (long, longer) = match lock.as_str() {
             HOT | QUEUE => (0.03, 0.025),
-            lock if lock.starts_with(FRESH) => (0.2, 0.2),
+            lock if lock.starts_with(FRESH) => (0.3, 0.4),
             _ => (0.1, 0.01),
         };
         let hold = if lock != QUEUE && self.random.random_bool(longer) {
