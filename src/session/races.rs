@@ -409,7 +409,9 @@ fn whoever_stands_in_the_row_stays_there_while_the_lock_is_handed_over() {
             delay(round % 9);
             let waiter = Uuid::new_v4();
             let acquired = waiting.acquire(&table.sql, &claim("l", LONG), Some(waiter)).unwrap();
-            assert!(matches!(acquired, Acquired::Busy { is_queued: true, .. } | Acquired::Missed), "{acquired:?}");
+            // On a busy machine the row may stay locked for longer than a registration waits.
+            let is_asked_again = matches!(acquired, Acquired::Missed | Acquired::Locked);
+            assert!(is_asked_again || matches!(acquired, Acquired::Busy { is_queued: true, .. }), "{acquired:?}");
             let is_there = table.count(&format!("'{waiter}' = ANY (waiters)")) == 1;
             assert!(waiting.withdraw(&table.sql, "l", waiter).unwrap() || is_there);
             (matches!(acquired, Acquired::Busy { .. }), is_there)
