@@ -63,7 +63,8 @@
 //!
 //! # Guarantees and limits
 //!
-//! The README lists them, each with its test. In short: while the database keeps its committed data and its clock doesn't jump,
+//! [`guarantees`] says what may fail and what holds then, each with its test: also what becomes of a lock when a standby is
+//! promoted. In short: while the database keeps its committed data and its clock doesn't jump,
 //! no two holds of a lock are trusted at once; versions only grow; every call comes back in time, also when
 //! the server is frozen; nothing panics in the caller's thread. Database calls run on threads of the library's own, so they may be
 //! made from a thread of an async runtime, which they block.
@@ -105,6 +106,7 @@ mod error;
 mod follow_up;
 #[cfg(test)]
 mod fuzz;
+pub mod guarantees;
 mod guard;
 mod hold;
 mod line;
