@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, shellcheck, for these scripts, and
-# cargo-deny, for scripts/audit.sh. Debian's packages, as root or with sudo, and cargo's; does nothing where they are there already.
+# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, libfaketime, to move wall clocks, shellcheck,
+# for these scripts, and cargo-deny, for scripts/audit.sh. Debian's packages, as root or with sudo, and cargo's; does nothing where
+# they are there already.
 set -euo pipefail
 
 if ! cargo deny --version >/dev/null 2>&1; then
@@ -14,6 +15,9 @@ for tool in pgbouncer shellcheck; do
     missing+=("$tool")
   fi
 done
+if ! compgen -G '/usr/lib/*/faketime/libfaketimeMT.so.1' >/dev/null; then
+  missing+=(libfaketime)
+fi
 if [ "${#missing[@]}" -eq 0 ]; then
   exit 0
 fi
