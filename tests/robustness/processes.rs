@@ -43,6 +43,11 @@ pub fn wall_clock() -> Option<PathBuf> {
     folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1")).find(|library| library.exists())
 }
 
+/// Where a process writes its history.
+pub fn history_of(folder: &Path, process: usize) -> PathBuf {
+    folder.join(format!("p{process}.jsonl"))
+}
+
 impl Workers {
     pub fn start(settings: Vec<Setting>, folder: &Path, clock: Option<(usize, PathBuf, PathBuf)>) -> Workers {
         let workers = Workers {
@@ -58,11 +63,6 @@ impl Workers {
             workers.start_again(worker);
         }
         workers
-    }
-
-    /// The history of a process.
-    pub fn history(&self, process: usize) -> PathBuf {
-        self.folder.join(format!("p{process}.jsonl"))
     }
 
     fn stderr(&self, process: usize) -> PathBuf {
@@ -82,7 +82,7 @@ impl Workers {
             lives.len() - 1
         };
         setting.process = process;
-        setting.history = self.history(process);
+        setting.history = history_of(&self.folder, process);
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         command
             .args(["--exact", "workload::worker_process", "--nocapture", "--test-threads=1"])

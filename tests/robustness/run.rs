@@ -1,5 +1,6 @@
 //! A run: workers on a server, hurt by a plan, and judged.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,9 +11,9 @@ use std::time::{Duration, Instant};
 use postgres::{Client, NoTls};
 use uuid::Uuid;
 
-use crate::history::{History, LifeEnd, Row, Written, now};
+use crate::history::{History, LifeEnd, Row, Written, nanos, now};
 use crate::hurt::{Plan, Targets};
-use crate::processes::{Workers, wall_clock};
+use crate::processes::{Workers, history_of, wall_clock};
 use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
@@ -140,23 +141,20 @@ impl Run {
         used: Vec<&'static str>,
         look: impl FnOnce(&History),
     ) -> Report {
-        let histories: Vec<PathBuf> = {
-            history.lives = workers.end(TIMES.own_lease + Duration::from_secs(20));
-            (0..history.lives.len()).map(|process| self.folder.join(format!("p{process}.jsonl"))).collect()
-        };
-        for (process, path) in histories.iter().enumerate() {
-            history.read(process, path);
+        history.lives = workers.end(TIMES.own_lease + Duration::from_secs(20));
+        for process in 0..history.lives.len() {
+            history.read(process, &history_of(&self.folder, process));
         }
         history.end_of_the_abandoned();
         // Whoever died holding a lock holds it for a lease.
-        let settled = history.healed + crate::history::nanos(TIMES.lease + ms(1_000));
+        let settled = history.healed + nanos(TIMES.lease + ms(1_000));
         thread::sleep(Duration::from_nanos(settled.saturating_sub(now())));
         self.read_tables(&mut history);
         history.end = now();
         look(&history);
         let (violations, counts) = judge(&history, TIMES);
         let text = self.text(&history, &violations, counts);
-        if violations.is_empty() && std::env::var_os("KEEP").is_none() {
+        if violations.is_empty() {
             fs::remove_dir_all(&self.folder).ok();
         }
         Report { seed, violations, counts, text, used }
@@ -224,6 +222,9 @@ impl Run {
         if violations.is_empty() {
             return text;
         }
+        let rules: BTreeSet<String> = violations.iter().map(|violation| violation.rule.to_string()).collect();
+        let rules: Vec<String> = rules.into_iter().collect();
+        writeln!(text, "  broken rules: {}", rules.join(", ")).ok();
         writeln!(text, "  histories: {}", self.folder.display()).ok();
         for (process, life) in history.lives.iter().enumerate() {
             let end = life.end.map(|end| history.at(end)).unwrap_or_default();
