@@ -13,6 +13,9 @@ mod options;
 #[path = "../src/sql.rs"]
 mod sql;
 #[allow(dead_code)]
+#[path = "../src/sync.rs"]
+mod sync;
+#[allow(dead_code)]
 #[path = "../src/term.rs"]
 mod term;
 

@@ -187,4 +187,6 @@ mod tests {
 }
 
 #[cfg(test)]
+// Named, because the fuzzer takes this file in from another folder.
+#[path = "term/properties.rs"]
 pub(crate) mod properties;
