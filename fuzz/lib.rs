@@ -12,7 +12,7 @@ mod options;
 #[allow(dead_code)]
 #[path = "../src/sql.rs"]
 mod sql;
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 #[path = "../src/sync.rs"]
 mod sync;
 #[allow(dead_code)]
