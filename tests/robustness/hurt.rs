@@ -20,7 +20,7 @@ use crate::processes::Workers;
 use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
-use crate::workload::HOT;
+use crate::workload::{FRESH_TIME, HOT};
 
 /// Something to be done, and for how long.
 #[derive(Clone, Debug)]
@@ -62,6 +62,10 @@ pub enum Hurt {
         answers: bool,
         then_cuts: bool,
     },
+    /// Answers become slow, and then nothing comes through any more.
+    Fade {
+        answers: Duration,
+    },
     // To the server.
     Crash,
     Restart,
@@ -78,7 +82,7 @@ pub enum Hurt {
 }
 
 /// Which hurts there are, without their details; a seed uses some of them.
-const KINDS: [&str; 17] = [
+const KINDS: [&str; 18] = [
     "kill",
     "short stop",
     "long stop",
@@ -89,6 +93,7 @@ const KINDS: [&str; 17] = [
     "late answer",
     "delay",
     "stall",
+    "fade",
     "crash",
     "restart",
     "freeze",
@@ -111,6 +116,7 @@ impl Hurt {
             Hurt::HoldBackAnswer { .. } => "late answer",
             Hurt::Delay { .. } => "delay",
             Hurt::Stall { .. } => "stall",
+            Hurt::Fade { .. } => "fade",
             Hurt::Crash => "crash",
             Hurt::Restart => "restart",
             Hurt::Freeze => "freeze",
@@ -204,14 +210,17 @@ impl Plan {
                 // Parts of our statements, and of the names that go with those that are prepared.
                 let to = ["pg_try_advisory", "acquire \"", "refresh \"", "release \"", "hand over \""];
                 let lost = Hurt::LoseAnswer { to: to.choose(random).copied().expect("one of five") };
-                // To be late matters most where a transaction has begun.
-                let to = if random.random_bool(0.3) { Some(&to[0]) } else { to.choose(random) };
-                let by = if random.random_bool(0.5) { ms(100)..ms(500) } else { lease * 3 / 4..lease * 3 / 2 };
-                let late = Hurt::HoldBackAnswer { to: to.expect("one of five"), by: random.random_range(by) };
+                // To be late matters most where a transaction has begun: when the first hold of a lock is made.
+                let to = if random.random_bool(0.3) { to[0] } else { to.choose(random).copied().expect("one of five") };
+                let is_quick = to != "pg_try_advisory" && random.random_bool(0.5);
+                let by = if is_quick { ms(100)..ms(500) } else { lease * 3 / 4..lease * 11 / 10 };
+                let late = Hurt::HoldBackAnswer { to, by: random.random_range(by) };
+                let fade = Hurt::Fade { answers: random.random_range(lease / 5..lease * 2 / 5) };
                 let all = [
                     (Hurt::Cut, ms(0)),
                     (lost, ms(200)),
-                    (late, ms(800)),
+                    (late, FRESH_TIME),
+                    (fade, random.random_range(lease..lease * 3 / 2)),
                     (delay, random.random_range(ms(500)..ms(2_500))),
                     (stall, random.random_range(ms(100)..lease * 3 / 2)),
                 ];
@@ -435,6 +444,15 @@ fn hurt_network(proxy: &Proxy, planned: &Planned) {
             thread::sleep(planned.lasts);
             proxy.delay_requests(ms(0));
             proxy.delay_answers(ms(0));
+        }
+        Hurt::Fade { answers } => {
+            proxy.delay_answers(answers);
+            // Long enough for a refresh.
+            thread::sleep(answers * 2 + ms(500));
+            proxy.stall(true, true);
+            thread::sleep(planned.lasts);
+            proxy.delay_answers(ms(0));
+            proxy.stall(false, false);
         }
         Hurt::Stall { requests, answers, then_cuts } => {
             proxy.stall(requests, answers);

@@ -40,7 +40,7 @@ const SLACK: Duration = ms(500);
 /// What the names of the library's threads begin with, and those of what it uses.
 const OURS: [&str; 3] = ["lock-", "r2d2-", "tokio-"];
 /// A new lock comes into use so often.
-const FRESH_TIME: Duration = ms(1_500);
+pub const FRESH_TIME: Duration = ms(1_500);
 
 /// What a worker is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -269,7 +269,9 @@ impl Worker<'_> {
         });
         match acquired {
             Ok(Some(guard)) => {
-                self.use_and_give_back(guard, hold);
+                // What went wrong when a lock was made shows while others want it.
+                let is_first = lock_id.starts_with(FRESH) && guard.version() == 1;
+                self.use_and_give_back(guard, if is_first { hold.max(lease) } else { hold });
                 true
             }
             Ok(None) => false,
