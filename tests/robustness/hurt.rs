@@ -1,7 +1,7 @@
 //! What is done to the workers, the network, the server and the database: drawn from a seed, several at once.
 //!
 //! There are tracks that run beside each other: one for each worker's process, one for each worker's network, one for the
-//! server and one for what is done inside the database. A track does one thing after another.
+//! server, and two for what is done inside the database. A track does one thing after another.
 
 use std::fs;
 use std::path::PathBuf;
@@ -82,7 +82,7 @@ pub enum Hurt {
 }
 
 /// Which hurts there are, without their details; a seed uses some of them.
-const KINDS: [&str; 18] = [
+pub const KINDS: [&str; 18] = [
     "kill",
     "short stop",
     "long stop",
@@ -228,7 +228,7 @@ impl Plan {
             })
         });
         let network = network.collect();
-        let server = track(ms(5_000), &|random| {
+        let server = track(ms(3_500), &|random| {
             let all = [
                 (Hurt::Crash, random.random_range(ms(0)..ms(500))),
                 (Hurt::Restart, ms(0)),
@@ -249,17 +249,10 @@ impl Plan {
         Plan { process, network, server, database, undone, clock }
     }
 
-    /// Everything, in the order of its beginning, with the worker that it is done to.
-    pub fn all(&self) -> Vec<(Option<usize>, &Planned)> {
-        let mut all: Vec<(Option<usize>, &Planned)> = Vec::new();
-        for tracks in [&self.process, &self.network] {
-            for (worker, track) in tracks.iter().enumerate() {
-                all.extend(track.iter().map(|planned| (Some(worker), planned)));
-            }
-        }
-        all.extend(self.server.iter().chain(&self.database).chain(&self.undone).map(|planned| (None, planned)));
-        all.sort_by_key(|(_, planned)| planned.at);
-        all
+    /// The names of all that is done.
+    pub fn hurts(&self) -> impl Iterator<Item = &'static str> {
+        let by_worker = self.process.iter().chain(&self.network);
+        by_worker.chain([&self.server, &self.database, &self.undone]).flatten().map(|planned| planned.hurt.name())
     }
 }
 

@@ -72,7 +72,7 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     workers.calm_down(TIMES.lease + ms(5_500));
     workers.stop(ms(8_000));
     run.wait_for_the_last_to_leave_the_rows();
-    let used = plan.all().iter().map(|(_, planned)| planned.hurt.name()).collect();
+    let used = plan.hurts().collect();
     thread::spawn(move || {
         let report = run.judge(seed, workers, history, used, |_| ());
         drop(proxies);

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::hurt::KINDS;
 use crate::processes::wall_clock;
 use crate::run::{Report, one_at_a_time, run};
 use crate::support::server::Server;
@@ -62,5 +63,10 @@ fn whatever_is_hurt_the_verdict_holds() {
     println!("{judged} runs in {:?}: {counts}", start.elapsed());
     println!("hurts: {}", used.iter().copied().collect::<Vec<_>>().join(", "));
     assert!(broken.is_empty(), "broken in the runs of seeds {broken:?}; scripts/robustness.sh --seed N runs one again");
-    assert!(counts.holds > 0 && judged > 0, "nothing happened");
+    assert!(counts.holds > 0, "nothing happened");
+    if first == 1 && judged >= SEEDS {
+        let missing: Vec<&str> = KINDS.into_iter().filter(|kind| !used.contains(kind)).collect();
+        assert!(missing.is_empty(), "nobody was hurt by: {missing:?}");
+        assert!(counts.takeovers > 0 && counts.lost > 0 && counts.kills > 0, "the faults did nothing: {counts}");
+    }
 }
