@@ -285,7 +285,7 @@ impl Worker<'_> {
     fn use_and_give_back(&mut self, guard: LockGuard, hold: Duration) {
         let until = Instant::now() + hold;
         let (lock, version) = (guard.lock_id().to_owned(), guard.version());
-        let mut chance = 0.8;
+        let mut chance = 0.4;
         loop {
             if !self.look(&guard) {
                 break;
