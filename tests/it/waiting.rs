@@ -32,6 +32,23 @@ fn a_wait_ends_with_the_release() {
 }
 
 #[test]
+fn one_who_waits_until_the_end_of_the_clock_waits_and_does_not_panic() {
+    let mut last = Instant::now();
+    for bit in (0..64).rev() {
+        last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+    }
+    let table = Table::new();
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    let guard = ours.lock("worker-1").unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| theirs.try_lock_until("worker-2", last).unwrap().unwrap().version());
+        table.hears("l", 1);
+        drop(guard);
+        assert_eq!(waiting.join().unwrap(), 2);
+    });
+}
+
+#[test]
 fn a_timeout_ends_the_wait() {
     let table = Table::new();
     let (ours, theirs) = (table.lock("l"), table.lock("l"));
