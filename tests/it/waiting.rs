@@ -36,6 +36,7 @@ fn one_who_waits_until_the_end_of_the_clock_waits_and_does_not_panic() {
     let mut last = Instant::now();
     for bit in (0..64).rev() {
         last = last.checked_add(Duration::from_secs(1 << bit)).unwrap_or(last);
+        last = last.checked_add(Duration::from_nanos(1 << bit)).unwrap_or(last);
     }
     let table = Table::new();
     let (ours, theirs) = (table.lock("l"), table.lock("l"));
