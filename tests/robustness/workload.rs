@@ -296,7 +296,8 @@ impl Worker<'_> {
                     break;
                 }
             }
-            chance = 0.1;
+            // One that is stuck in a write doesn't look.
+            chance = 0.02;
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.phase.load(Ordering::SeqCst) != FAULTS {
                 break;
