@@ -11,7 +11,7 @@
 //! Four things are assumed. What is said below holds as long as they do:
 //!
 //! - the database keeps what it has committed (no `fsync = off`, no restore, no failover that loses commits);
-//! - its clock doesn't jump, and runs at the speed of ours, to a tenth of a lease or a second, whichever is less, or at least a thousandth;
+//! - its clock doesn't jump, and within a lease parts from ours by less than the safety margin (see [the crate](crate#how-the-lease-works));
 //! - the machine of a holder isn't suspended (on Linux, `Instant` stands still meanwhile);
 //! - nobody else writes to the table.
 //!
