@@ -29,6 +29,11 @@ pub const HOT: &str = "hot";
 pub const QUEUE: &str = "queue";
 /// New ones come into use all the time: at first by one worker, which makes the first hold in its time, however slow its network.
 const FRESH: &str = "fresh";
+/// A worker has it most of the time, and others ask for it.
+fn kept(worker: usize) -> String {
+    format!("kept-{worker}")
+}
+
 /// A thread's own, with a lease so long that one which leaked is noticed. Nobody else wants it.
 pub const OWN: &str = "own";
 
@@ -187,7 +192,8 @@ impl Worker<'_> {
         format!("{OWN}-{}-{}", self.setting.process, self.thread)
     }
 
-    /// One thread keeps its own lock most of the time, so that whatever happens happens to somebody's hold.
+    /// One thread has a lock most of the time, so that whatever happens happens to somebody's hold: its own, or one that others
+    /// ask for all the time.
     fn keeps(&self) -> bool {
         self.thread == self.setting.threads
     }
@@ -201,7 +207,8 @@ impl Worker<'_> {
         let lease = self.setting.lease;
         if self.keeps() {
             let hold = self.random.random_range(lease..lease * 3);
-            self.take(&self.own(), How::TryLockFor, hold);
+            let lock = if self.random.random_bool(0.3) { self.own() } else { kept(self.setting.worker) };
+            self.take(&lock, How::TryLockFor, hold);
             return;
         }
         let ways = [How::TryLock, How::TryLockFor, How::TryLockUntil, How::Lock];
@@ -211,8 +218,9 @@ impl Worker<'_> {
             *ways.get(..if hurries { 3 } else { 4 }).and_then(|ways| ways.choose(&mut self.random)).expect("a way");
         let (lock, how) = match self.random.random_range(if hurries { 15 } else { 0 }..100) {
             0..15 => (QUEUE.to_owned(), How::Lock),
-            15..50 => (HOT.to_owned(), how),
-            50..70 => {
+            15..40 => (HOT.to_owned(), how),
+            40..55 => (kept(self.random.random_range(0..self.setting.workers)), impatient(how)),
+            55..75 => {
                 // One that is new here, or any that somebody may still hold.
                 let age = (now() - self.setting.began) / nanos(FRESH_TIME);
                 let (back, worker) = if self.random.random_bool(0.5) {
@@ -222,11 +230,12 @@ impl Worker<'_> {
                 };
                 (format!("{FRESH}-{}-{worker}", age.saturating_sub(back)), how)
             }
-            _ => (self.own(), if how == How::Lock { How::TryLock } else { how }),
+            _ => (self.own(), impatient(how)),
         };
         // What others want is held for long only now and then.
         let (long, longer) = match lock.as_str() {
             HOT | QUEUE => (0.03, 0.025),
+            lock if lock.starts_with("kept") => (0.0, 0.0),
             lock if lock.starts_with(FRESH) => (0.3, 0.4),
             _ => (0.1, 0.01),
         };
@@ -368,6 +377,11 @@ impl Worker<'_> {
             self.register = None;
         }
     }
+}
+
+/// For what nobody should wait for without an end.
+fn impatient(how: How) -> How {
+    if how == How::Lock { How::TryLock } else { how }
 }
 
 fn done<T>(result: &Result<T>) -> Outcome {
