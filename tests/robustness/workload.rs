@@ -306,7 +306,7 @@ impl Worker<'_> {
                 }
             }
             // One that is stuck in a write doesn't look.
-            chance = 0.02;
+            chance = if self.keeps() { 0.0 } else { 0.02 };
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.phase.load(Ordering::SeqCst) != FAULTS {
                 break;
