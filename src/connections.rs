@@ -17,6 +17,7 @@ use r2d2::{ManageConnection, NopErrorHandler, Pool, PooledConnection};
 use r2d2_postgres::PostgresConnectionManager;
 
 use crate::error::{Error, Result};
+use crate::events::Events;
 use crate::session::{Route, Session};
 use crate::sql;
 use crate::stragglers::{self, Stragglers};
@@ -42,7 +43,7 @@ pub(crate) struct Connections {
 pub(crate) struct CheckedOut(PooledConnection<Opener>);
 
 impl Connections {
-    pub(crate) fn new(config: Config, max_connections: u32) -> Connections {
+    pub(crate) fn new(config: Config, max_connections: u32, events: Events) -> Connections {
         let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
         let connect_timeout = config.get_connect_timeout().copied().unwrap_or_default();
         let opening_time = connect_timeout.saturating_mul(u32::try_from(hosts).unwrap_or(u32::MAX)) + OPENING_SLACK;
@@ -50,7 +51,7 @@ impl Connections {
             config,
             max_connections: max_connections as usize,
             opening_time,
-            route: Arc::default(),
+            route: Arc::new(Route::new(events)),
             under_way: Arc::default(),
             stragglers: Arc::default(),
         };
@@ -277,6 +278,7 @@ fn open(config: &Config, route: Arc<Route>) -> Result<Session, postgres::Error> 
             opened => Session::new(opened?, true, route, generation)?,
         }
     };
+    session.tell_opening();
     log::debug!(target: "storage_lock", "opened a connection");
     Ok(session)
 }

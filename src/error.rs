@@ -74,6 +74,15 @@ pub enum Error {
         version: i64,
     },
 
+    /// The hold is there, and the caller's transaction can't be fenced by it: it doesn't see the hold, or can't lock its row.
+    #[error("cannot fence a transaction by lock {lock_id:?}: {problem}")]
+    Fence {
+        /// The lock.
+        lock_id: String,
+        /// What is wrong with the transaction.
+        problem: &'static str,
+    },
+
     /// The operating system gave no further thread.
     #[error("cannot start a thread")]
     Thread {
@@ -103,7 +112,7 @@ impl Error {
                 is_connection_fault(source) || source.code().is_some_and(|code| PASSING.contains(code))
             }
             Error::Timeout { .. } | Error::Thread { .. } => true,
-            Error::InvalidOption { .. } | Error::Table { .. } | Error::LeaseLost { .. } => false,
+            Error::InvalidOption { .. } | Error::Table { .. } | Error::LeaseLost { .. } | Error::Fence { .. } => false,
         }
     }
 }
@@ -132,6 +141,13 @@ pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {
             SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
         ]
         .contains(code)
+}
+
+/// Whether the server rolled a transaction back that may be repeated as it is.
+pub(crate) fn is_serialization_failure(error: &postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|code| [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(code))
 }
 
 /// An option that can't be used.

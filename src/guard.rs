@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::events::Event;
 use crate::follow_up::Unfinished;
-use crate::hold::Hold;
+use crate::hold::{Hold, Unlocking};
+use crate::loss::LostSignal;
 use crate::storage::PostgresStorage;
 use crate::sync::Instant;
 
@@ -18,7 +20,7 @@ use crate::sync::Instant;
 /// ends without dropping it (`process::exit`, SIGKILL), the lock is free when the lease has run out.
 #[must_use = "dropping the guard releases the lock at once: bind it, as in `let _guard = lock.lock(..)?`"]
 pub struct LockGuard {
-    storage: PostgresStorage,
+    pub(crate) storage: PostgresStorage,
     pub(crate) hold: Arc<Hold>,
     has_left: bool,
 }
@@ -58,6 +60,11 @@ impl LockGuard {
         self.hold.remaining()
     }
 
+    /// A signal that tells when the hold is lost, to look at or to wait for, on this thread or another one.
+    pub fn lost(&self) -> LostSignal {
+        LostSignal::new(Arc::clone(&self.hold))
+    }
+
     /// Releases the lock, as drop does, and says what came of it. An inner guard of a lock that was taken more than once
     /// keeps the lock.
     ///
@@ -69,25 +76,61 @@ impl LockGuard {
     /// meanwhile. [`Error::Connect`](crate::Error::Connect), [`Error::Timeout`](crate::Error::Timeout) or
     /// [`Error::Database`](crate::Error::Database) if the database could not be asked.
     pub fn unlock(mut self) -> Result<()> {
-        self.leave()
+        let result = self.leave();
+        if let Err(error) = &result {
+            self.tells(error);
+        }
+        result
     }
 
     fn leave(&mut self) -> Result<()> {
         self.has_left = true;
-        if !self.hold.leave() {
-            return if self.hold.is_held() { Ok(()) } else { Err(self.hold.lost()) };
+        let hold = &self.hold;
+        if !hold.leave() {
+            return if hold.is_held() { Ok(()) } else { Err(hold.lost()) };
         }
-        if !self.hold.is_held() {
-            self.storage.lines().lose_hold(&self.hold);
-            if !self.hold.state().is_gone {
-                // A refresh that is stuck may yet renew a lease that nobody wants any more.
-                self.storage.follow_up(Unfinished::new(self.hold.claim.clone(), Some(self.version()), Instant::now()));
+        let (unlocking, is_gone) = {
+            let state = hold.state();
+            (state.unlocking, state.is_gone)
+        };
+        if matches!(unlocking, Unlocking::Since(_) | Unlocking::Done) {
+            // The transaction may be open still. Whatever becomes of it, the hold is over, in a moment.
+            self.storage.lines().lose_hold(hold);
+            if unlocking != Unlocking::Done {
+                self.storage.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), Instant::now()));
             }
-            return Err(self.hold.lost());
+            self.tell_release();
+            return Ok(());
         }
-        self.storage.release(&self.hold)?;
-        log::debug!(target: "storage_lock", "released lock {:?} (version {})", self.lock_id(), self.version());
+        if !hold.is_held() {
+            self.storage.lines().lose_hold(hold);
+            if !is_gone {
+                // A refresh that is stuck may yet renew a lease that nobody wants any more.
+                self.storage.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), Instant::now()));
+            }
+            return Err(hold.lost());
+        }
+        self.storage.release(hold)?;
+        self.tell_release();
         Ok(())
+    }
+
+    fn tell_release(&self) {
+        let (lock_id, owner_id, version) = self.hold.names();
+        self.storage.events().tell(|| Event::Released { lock_id, owner_id, version, held: self.hold.began.elapsed() });
+        log::debug!(target: "storage_lock", "released lock {lock_id:?} (version {version})");
+    }
+
+    /// Whether a loss that ended this guard is for it to tell, and not told yet.
+    fn tells(&self, error: &Error) -> bool {
+        if !error.is_lease_lost() {
+            return true;
+        }
+        let is_mine_to_tell = self.hold.state().tell();
+        if is_mine_to_tell {
+            self.hold.tell_loss(self.storage.events());
+        }
+        is_mine_to_tell
     }
 }
 
@@ -96,7 +139,9 @@ impl Drop for LockGuard {
         if self.has_left {
             return;
         }
-        if let Err(error) = self.leave() {
+        if let Err(error) = self.leave()
+            && self.tells(&error)
+        {
             log::warn!(target: "storage_lock", "a guard was dropped: {}", error.chain());
         }
     }

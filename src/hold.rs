@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use crate::answer::{Claim, Granted};
 use crate::error::{Error, Result};
+use crate::events::{Event, Events};
+use crate::loss::OnLost;
+use crate::options::LockOptions;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Instant, Mutex, MutexGuard, lock};
 use crate::term::Term;
@@ -17,6 +20,9 @@ pub(crate) struct Hold {
     thread: ThreadId,
     /// Since when the lock has been this process's, by this hold and those that handed it on.
     pub(crate) turn_began: Instant,
+    /// When it was asked for.
+    pub(crate) began: Instant,
+    pub(crate) on_lost: OnLost,
     state: Mutex<HoldState>,
     /// Something changed that the refresh thread waits for.
     pub(crate) changed: Condvar,
@@ -30,8 +36,44 @@ pub(crate) struct HoldState {
     pub(crate) is_gone: bool,
     /// Other processes wait for the lock, as far as is known.
     pub(crate) is_wanted: bool,
-    /// What came of the refresh of this number.
-    pub(crate) answer: Option<(u64, Result<()>)>,
+    /// What came of the refresh of this number, and how long it took.
+    pub(crate) answer: Option<(u64, Result<Duration>)>,
+    /// Its loss has been told.
+    pub(crate) is_told: bool,
+    pub(crate) unlocking: Unlocking,
+}
+
+/// Whether a transaction of the caller's releases the hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unlocking {
+    No,
+    /// It is being asked to.
+    Asked,
+    /// It has, since then, and may be committed. It wasn't if a refresh that was sent later finds the hold.
+    Since(Instant),
+    /// It is committed.
+    Done,
+}
+
+impl HoldState {
+    /// Whether somebody may act on it.
+    pub(crate) fn is_trusted(&self, now: Instant) -> bool {
+        self.term.is_held(now) && matches!(self.unlocking, Unlocking::No | Unlocking::Asked)
+    }
+
+    pub(crate) fn is_lost(&self, now: Instant) -> bool {
+        !self.term.is_held(now) && (self.guards > 0 && self.unlocking != Unlocking::Done || self.term.is_lost())
+    }
+
+    /// Whether nobody counts on it any more.
+    pub(crate) fn is_over(&self) -> bool {
+        self.guards == 0 || self.unlocking == Unlocking::Done
+    }
+
+    /// The loss is going to be told by whoever asks; false if somebody else has done so.
+    pub(crate) fn tell(&mut self) -> bool {
+        !std::mem::replace(&mut self.is_told, true)
+    }
 }
 
 impl Hold {
@@ -39,18 +81,28 @@ impl Hold {
     pub(crate) fn new(
         claim: Claim,
         granted: Granted,
-        refresh_interval: Duration,
+        options: &LockOptions,
         thread: ThreadId,
         turn_began: Instant,
     ) -> Hold {
         let term = Term::new(granted.sent, granted.left, claim.lease);
-        let state = HoldState { term, guards: 1, is_gone: false, is_wanted: granted.is_wanted, answer: None };
+        let state = HoldState {
+            term,
+            guards: 1,
+            is_gone: false,
+            is_wanted: granted.is_wanted,
+            answer: None,
+            is_told: false,
+            unlocking: Unlocking::No,
+        };
         Hold {
             claim,
             version: granted.version,
-            refresh_interval,
+            refresh_interval: options.refresh_interval(),
             thread,
             turn_began,
+            began: granted.sent,
+            on_lost: options.on_lost.clone(),
             state: Mutex::new(state),
             changed: Condvar::new(),
         }
@@ -61,11 +113,22 @@ impl Hold {
     }
 
     pub(crate) fn is_held(&self) -> bool {
-        self.state().term.is_held(Instant::now())
+        self.state().is_trusted(Instant::now())
     }
 
     pub(crate) fn remaining(&self) -> Duration {
-        self.state().term.remaining(Instant::now())
+        let (state, now) = (self.state(), Instant::now());
+        if state.is_trusted(now) { state.term.remaining(now) } else { Duration::ZERO }
+    }
+
+    /// Whether its deadline is yet to come, also where a transaction of the caller's releases it.
+    pub(crate) fn is_before_deadline(&self) -> bool {
+        self.state().term.is_held(Instant::now())
+    }
+
+    /// How long a refresh that is sent now may take.
+    pub(crate) fn attempt_time(&self) -> Duration {
+        self.state().term.attempt_time(Instant::now())
     }
 
     /// Adds a guard, if the same owner asks on the same thread and the hold is good.
@@ -74,7 +137,8 @@ impl Hold {
             return false;
         }
         let mut state = self.state();
-        let may_enter = state.guards > 0 && state.term.is_held(Instant::now());
+        let is_good = state.term.is_held(Instant::now()) && state.unlocking == Unlocking::No;
+        let may_enter = state.guards > 0 && is_good;
         state.guards += usize::from(may_enter);
         may_enter
     }
@@ -93,9 +157,14 @@ impl Hold {
             Ok(Some(is_wanted)) => {
                 state.term.extend(now, sent);
                 state.is_wanted = *is_wanted;
+                // It would have waited for the transaction, and found nothing if that was committed.
+                if matches!(state.unlocking, Unlocking::Since(asked) if sent > asked) {
+                    state.unlocking = Unlocking::No;
+                }
             }
             // Released meanwhile: no loss.
             Ok(None) if state.guards == 0 => return,
+            Ok(None) if matches!(state.unlocking, Unlocking::Since(_)) => state.unlocking = Unlocking::Done,
             Ok(None) => {
                 state.term.lose();
                 state.is_gone = true;
@@ -104,7 +173,7 @@ impl Hold {
         }
         // An answer that nobody has read yet is not replaced by that of an older attempt.
         if state.answer.as_ref().is_none_or(|(unread, _)| *unread < number) {
-            state.answer = Some((number, result.map(|_| ())));
+            state.answer = Some((number, result.map(|_| now.duration_since(sent))));
         }
         self.changed.notify_all();
     }
@@ -113,8 +182,34 @@ impl Hold {
     pub(crate) fn leave(&self) -> bool {
         let mut state = self.state();
         state.guards = state.guards.saturating_sub(1);
+        let is_lost = state.guards == 0 && !state.term.is_held(Instant::now());
+        if is_lost && matches!(state.unlocking, Unlocking::No | Unlocking::Asked) {
+            // For a signal that outlives the guards: from now on time doesn't count.
+            state.term.lose();
+        }
         self.changed.notify_all();
         state.guards == 0
+    }
+
+    /// A transaction of the caller's is going to release it; returns how that stood before, or none if it is for another guard to do.
+    pub(crate) fn begin_unlocking(&self) -> Option<Unlocking> {
+        let mut state = self.state();
+        (state.guards == 1).then(|| std::mem::replace(&mut state.unlocking, Unlocking::Asked))
+    }
+
+    pub(crate) fn set_unlocking(&self, unlocking: Unlocking) {
+        self.state().unlocking = unlocking;
+        self.changed.notify_all();
+    }
+
+    /// Lock, owner and version, as everybody is told them.
+    pub(crate) fn names(&self) -> (&str, &str, i64) {
+        (&self.claim.lock_id, &self.claim.owner_id, self.version)
+    }
+
+    pub(crate) fn tell_loss(&self, events: &Events) {
+        let (lock_id, owner_id, version) = self.names();
+        events.tell(|| Event::Lost { lock_id, owner_id, version });
     }
 
     pub(crate) fn lost(&self) -> Error {

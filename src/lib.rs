@@ -103,6 +103,8 @@ mod answer;
 #[cfg_attr(all(test, shuttle), path = "model/connections.rs")]
 mod connections;
 mod error;
+mod events;
+mod fence;
 mod follow_up;
 #[cfg(test)]
 mod fuzz;
@@ -112,6 +114,7 @@ mod hold;
 mod line;
 mod listener;
 mod lock;
+mod loss;
 #[cfg(all(test, shuttle))]
 mod model;
 mod options;
@@ -131,8 +134,11 @@ mod workers;
 
 pub use answer::LockInformation;
 pub use error::{Error, Result};
+pub use events::Event;
+pub use fence::FenceStatement;
 pub use guard::LockGuard;
 pub use lock::StorageLock;
+pub use loss::LostSignal;
 pub use options::{LockOptions, PostgresStorageOptions};
 pub use storage::PostgresStorage;
 

@@ -118,7 +118,7 @@ impl Waiter {
     /// The hold that it has been granted, or handed by `before`.
     pub(crate) fn hold(&self, claim: Claim, granted: Granted, before: Option<&Hold>) -> Arc<Hold> {
         let turn_began = before.map_or(granted.sent, |before| before.turn_began);
-        Arc::new(Hold::new(claim, granted, self.lock.refresh_interval(), self.thread, turn_began))
+        Arc::new(Hold::new(claim, granted, &self.lock, self.thread, turn_began))
     }
 }
 
@@ -678,7 +678,7 @@ mod tests {
 
     fn hold(version: i64, left: Duration) -> Arc<Hold> {
         let granted = Granted { left, ..granted(version) };
-        Arc::new(Hold::new(claim(&options(), "o"), granted, LONG, thread::current().id(), granted.sent))
+        Arc::new(Hold::new(claim(&options(), "o"), granted, &options(), thread::current().id(), granted.sent))
     }
 
     #[test]

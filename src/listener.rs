@@ -124,6 +124,9 @@ impl Running {
                     listener.set_on(true, lines);
                     let end = self.listen(&mut session);
                     listener.set_on(false, lines);
+                    if matches!(end, End::Lost(_)) {
+                        session.tell_break();
+                    }
                     end
                 }
                 Err(error) => End::Lost(error.chain()),

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use crate::answer::{Claim, LockInformation};
 use crate::error::{Error, Result};
+use crate::events::Event;
 use crate::guard::LockGuard;
 use crate::hold::Hold;
-use crate::line::{self, Place, Turn};
+use crate::line::{self, Busy, Place, Turn};
 use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::storage::{Attempt, PostgresStorage};
@@ -113,18 +114,19 @@ impl StorageLock {
 
     fn acquire(&self, owner_id: &str, patience: Patience) -> Result<Option<LockGuard>> {
         check_id("owner_id", owner_id)?;
+        let began = Instant::now();
         if let Some(hold) = self.storage.lines().enter_again(&self.options.lock_id, owner_id) {
             return Ok(Some(LockGuard::new(self.storage.clone(), hold)));
         }
-        if patience.is_over(Instant::now()) {
-            return self.acquire_at_once(owner_id, &patience);
+        if patience.is_over(began) {
+            return self.acquire_at_once(owner_id, &patience, began);
         }
         let mut waiting = self.join(owner_id);
         loop {
             match waiting.place.turn(&patience) {
                 Turn::Handed(hold) => {
                     waiting.has_hold = true;
-                    let guard = self.guard(hold)?;
+                    let guard = self.guard(hold, began, false)?;
                     if guard.is_held() {
                         return Ok(Some(guard));
                     }
@@ -141,12 +143,13 @@ impl StorageLock {
                     let asked = Instant::now();
                     let claim = waiting.place.waiter().claim();
                     match self.attempt(&claim, true, &patience) {
-                        Ok(Attempt::Taken(granted)) => {
+                        Ok(Attempt::Taken { granted, is_takeover }) => {
                             let hold = waiting.place.waiter().hold(claim, granted, None);
                             waiting.place.took(&hold);
-                            return self.guard(hold).map(Some);
+                            return self.guard(hold, began, is_takeover).map(Some);
                         }
                         Ok(Attempt::Busy(busy)) => {
+                            self.tell_busy(owner_id, &busy);
                             waiting.place.busy(&busy, self.storage.listening(), &patience);
                             self.storage.listen();
                         }
@@ -163,16 +166,18 @@ impl StorageLock {
     }
 
     /// Without waiting, and so without standing in line.
-    fn acquire_at_once(&self, owner_id: &str, patience: &Patience) -> Result<Option<LockGuard>> {
+    fn acquire_at_once(&self, owner_id: &str, patience: &Patience, began: Instant) -> Result<Option<LockGuard>> {
         let claim = line::claim(&self.options, owner_id);
         match self.attempt(&claim, false, patience)? {
-            Attempt::Taken(granted) => {
-                let (interval, began) = (self.options.refresh_interval(), granted.sent);
-                let hold = Arc::new(Hold::new(claim, granted, interval, thread::current().id(), began));
+            Attempt::Taken { granted, is_takeover } => {
+                let hold = Arc::new(Hold::new(claim, granted, &self.options, thread::current().id(), granted.sent));
                 self.storage.lines().begin_hold(&hold);
-                self.guard(hold).map(Some)
+                self.guard(hold, began, is_takeover).map(Some)
             }
-            Attempt::Busy(_) => Ok(None),
+            Attempt::Busy(busy) => {
+                self.tell_busy(owner_id, &busy);
+                Ok(None)
+            }
         }
     }
 
@@ -181,11 +186,24 @@ impl StorageLock {
         self.storage.acquire(claim, waits, self.options.version_miss_retry_times, deadline)
     }
 
-    fn guard(&self, hold: Arc<Hold>) -> Result<LockGuard> {
+    fn tell_busy(&self, owner_id: &str, busy: &Busy) {
+        let (lock_id, version) = (self.options.lock_id.as_str(), busy.version);
+        self.storage.events().tell(|| Event::Busy { lock_id, owner_id, version });
+    }
+
+    /// The guard of a hold that was asked for since `began`.
+    fn guard(&self, hold: Arc<Hold>, began: Instant, is_takeover: bool) -> Result<LockGuard> {
         let guard = LockGuard::new(self.storage.clone(), Arc::clone(&hold));
         // Without a refresh thread there is no hold: the guard is dropped here.
         refresh::start(&self.storage, &hold)?;
-        let (owner_id, lock_id, version) = (guard.owner_id(), guard.lock_id(), guard.version());
+        let (lock_id, owner_id, version) = hold.names();
+        self.storage.events().tell(|| Event::Acquired {
+            lock_id,
+            owner_id,
+            version,
+            waited: began.elapsed(),
+            is_takeover,
+        });
         log::debug!(target: "storage_lock", "{owner_id:?} acquired lock {lock_id:?} as version {version}");
         Ok(guard)
     }

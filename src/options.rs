@@ -7,6 +7,8 @@ use postgres::Config;
 use postgres::config::{Host, SslMode};
 
 use crate::error::{Result, invalid};
+use crate::events::{Event, Events};
+use crate::loss::{LostSignal, OnLost};
 use crate::term::retry_time;
 
 /// Lock ids and owner ids, in bytes.
@@ -42,6 +44,7 @@ pub struct PostgresStorageOptions {
     pub(crate) table_name: String,
     pub(crate) create_table: bool,
     pub(crate) max_connections: u32,
+    pub(crate) events: Events,
 }
 
 impl PostgresStorageOptions {
@@ -58,6 +61,7 @@ impl PostgresStorageOptions {
             table_name: "storage_lock".to_owned(),
             create_table: true,
             max_connections: 4,
+            events: Events::default(),
         }
     }
 
@@ -92,6 +96,16 @@ impl PostgresStorageOptions {
     #[must_use]
     pub fn max_connections(mut self, max_connections: u32) -> Self {
         self.max_connections = max_connections;
+        self
+    }
+
+    /// What to call when something happens to a lock of this storage: see [`Event`]. Default: nothing, at no cost.
+    ///
+    /// It is called on the thread to which it happens, which may be a caller's or one that refreshes a lease, so it has to be quick: count,
+    /// or send it elsewhere. If it panics, a warning is logged, and everything goes on.
+    #[must_use]
+    pub fn on_event(mut self, on_event: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
+        self.events = Events::to(on_event);
         self
     }
 
@@ -170,6 +184,7 @@ impl fmt::Debug for PostgresStorageOptions {
             .field("table_name", &self.table_name)
             .field("create_table", &self.create_table)
             .field("max_connections", &self.max_connections)
+            .field("on_event", &self.events)
             .finish()
     }
 }
@@ -238,6 +253,7 @@ pub struct LockOptions {
     pub(crate) lease_expire_after: Duration,
     lease_refresh_interval: Option<Duration>,
     pub(crate) version_miss_retry_times: u32,
+    pub(crate) on_lost: OnLost,
 }
 
 impl LockOptions {
@@ -248,6 +264,7 @@ impl LockOptions {
             lease_expire_after: Duration::from_secs(30),
             lease_refresh_interval: None,
             version_miss_retry_times: 3,
+            on_lost: OnLost::default(),
         }
     }
 
@@ -272,6 +289,18 @@ impl LockOptions {
     #[must_use]
     pub fn version_miss_retry_times(mut self, version_miss_retry_times: u32) -> Self {
         self.version_miss_retry_times = version_miss_retry_times;
+        self
+    }
+
+    /// What to call when a hold of this lock is lost: once, on a thread of the library's, as soon as the database says so, and else just
+    /// before the hold's deadline, so before anybody else can own the lock, also while the server is frozen or the network swallows packets.
+    /// From then on [`is_held`](crate::LockGuard::is_held) is false. Default: nothing.
+    ///
+    /// Not called for a hold whose guards had gone before it was found to be lost: `unlock` said so, or drop logged it. If it panics, a
+    /// warning is logged, and nothing else happens.
+    #[must_use]
+    pub fn on_lost(mut self, on_lost: impl Fn(&LostSignal) + Send + Sync + 'static) -> Self {
+        self.on_lost = OnLost::calling(on_lost);
         self
     }
 

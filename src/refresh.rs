@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::hold::Hold;
+use crate::events::Event;
+use crate::hold::{Hold, Unlocking};
 use crate::storage::PostgresStorage;
 use crate::sync::{Instant, thread, wait_until};
 use crate::term::backoff;
 
-/// Little is done on it; only what is touched counts.
-const STACK_BYTES: usize = 256 * 1024;
+/// Enough for what the caller does when a hold is lost; only what is touched counts.
+const STACK_BYTES: usize = 1024 * 1024;
 
 /// Starts the refresh thread of a hold.
 pub(crate) fn start(storage: &PostgresStorage, hold: &Arc<Hold>) -> Result<()> {
@@ -59,20 +60,34 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
         if state.guards == 0 {
             return;
         }
-        if !state.term.is_held(now) {
-            // For good: an answer that comes now finds the deadline passed.
-            state.term.lose();
+        if state.unlocking == Unlocking::Done {
             drop(state);
             storage.lines().lose_hold(hold);
-            log::warn!(target: "storage_lock", "{}", hold.lost());
+            return;
+        }
+        if now >= state.term.loss_time() || !state.term.is_held(now) {
+            // For good: an answer that comes now finds the hold lost.
+            state.term.lose();
+            let is_mine_to_tell = state.tell();
+            hold.changed.notify_all();
+            drop(state);
+            storage.lines().lose_hold(hold);
+            if is_mine_to_tell {
+                // The one with the deadline goes first.
+                hold.on_lost.call(hold);
+                hold.tell_loss(storage.events());
+                log::warn!(target: "storage_lock", "{}", hold.lost());
+            }
             return;
         }
         // No mutex is held while something is sent or logged: a logger may be slow, or ask a guard.
         let failed = match (state.answer.take(), &next) {
-            (Some((_, Ok(()))), _) => {
+            (Some((_, Ok(latency))), _) => {
                 failures = 0;
                 next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
                 drop(state);
+                let (lock_id, owner_id, version) = hold.names();
+                storage.events().tell(|| Event::Refreshed { lock_id, owner_id, version, latency });
                 log::trace!(target: "storage_lock", "refreshed lock {:?}", hold.claim.lock_id);
                 None
             }
@@ -97,14 +112,15 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             }
             // Nothing to do; an error may have come from an attempt that was given up.
             (_, Next::Refresh(wake) | Next::Answer { by: wake, .. }) => {
-                let wake = state.term.deadline().min(*wake);
+                let wake = state.term.loss_time().min(*wake);
                 drop(wait_until(&hold.changed, state, wake));
                 None
             }
         };
         if let Some((error, pause)) = failed {
             next = Next::Refresh(now + pause);
-            let (lock_id, version) = (&hold.claim.lock_id, hold.version);
+            let (lock_id, owner_id, version) = hold.names();
+            storage.events().tell(|| Event::RefreshFailed { lock_id, owner_id, version, error: &error });
             let why = error.chain();
             log::warn!(target: "storage_lock", "lock {lock_id:?} (version {version}): {why}; trying again");
         }

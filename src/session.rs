@@ -20,6 +20,8 @@ use postgres::{Client, IsolationLevel, Row, Statement};
 use uuid::Uuid;
 
 use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInformation};
+use crate::error::is_serialization_failure;
+use crate::events::{Event, Events};
 use crate::sql::{self, Prepared, Sql};
 
 /// What all sessions of a storage know of the way to the server.
@@ -29,6 +31,9 @@ pub(crate) struct Route {
     pub(crate) is_pooled: AtomicBool,
     /// Goes up when a connection breaks: those opened before are likely to be broken too, and are not used again.
     pub(crate) generation: AtomicU64,
+    /// A connection broke, and none has been opened since.
+    is_interrupted: AtomicBool,
+    events: Events,
 }
 
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
@@ -66,10 +71,14 @@ impl Session {
 
     /// Whether it may be used again.
     pub(crate) fn is_usable(&self) -> bool {
-        !self.is_broken
+        let is_closed = self.client.is_closed();
+        if is_closed {
+            self.tell_break();
+        }
+        !is_closed
+            && !self.is_broken
             && self.generation == self.route.generation.load(Ordering::Relaxed)
             && (self.backend.is_none() || !self.route.is_pooled.load(Ordering::Relaxed))
-            && !self.client.is_closed()
     }
 
     /// Whether the backend is this session's alone: only then can it listen.
@@ -89,7 +98,20 @@ impl Session {
     /// Not to be used again, and neither are the connections that were opened before now.
     pub(crate) fn mark_broken(&mut self) {
         self.is_broken = true;
+        self.tell_break();
         self.route.generation.fetch_max(self.generation + 1, Ordering::Relaxed);
+    }
+
+    /// This connection broke.
+    pub(crate) fn tell_break(&self) {
+        self.route.is_interrupted.store(true, Ordering::Relaxed);
+    }
+
+    /// This connection was opened.
+    pub(crate) fn tell_opening(&self) {
+        if self.route.is_interrupted.swap(false, Ordering::Relaxed) {
+            self.route.events.tell(|| Event::Reconnected {});
+        }
     }
 
     /// One attempt, one statement. A waiter keeps to the line, and stands in it afterwards if the lock is busy; without
@@ -342,17 +364,15 @@ const NOT_OUR_STATEMENT: [SqlState; 5] = [
 ];
 
 impl Route {
+    pub(crate) fn new(events: Events) -> Route {
+        Route { events, ..Route::default() }
+    }
+
     pub(crate) fn recognise_pooler(&self, why: &str) {
         if !self.is_pooled.swap(true, Ordering::Relaxed) {
             log::info!(target: "storage_lock", "a pooler in transaction mode is in the way ({why}): using unnamed statements");
         }
     }
-}
-
-fn is_serialization_failure(error: &postgres::Error) -> bool {
-    error
-        .code()
-        .is_some_and(|code| [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(code))
 }
 
 fn information(row: &Row) -> Result<LockInformation, postgres::Error> {

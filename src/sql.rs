@@ -19,6 +19,11 @@
 //!   comes back sooner than a notification travels doesn't starve the others. After that whoever stands in line may take it; all
 //!   were told, and ask one [`GRACE`] after the other. The one that takes it sends everybody before it away: who is alive was told,
 //!   asks, and stands in line again. So a dead process costs the others one [`GRACE`], once.
+//! - A **fence** locks the row in the caller's own transaction, against a move of the key and nothing else (`FOR KEY SHARE`): acquirers
+//!   skip it as they skip each other, refreshes and releases go on. It doesn't wait for an acquire that is under way either: that one may
+//!   hang in its commit, on a connection that isn't ours to interrupt. It names the hold by lock and lease, not by its version, which may come
+//!   twice where commits were lost, and finds the version as the others do.
+//! - An **unlock in a transaction** of the caller's is a release that leaves that transaction's settings alone.
 //! - **Hand-over** is a release and the next acquire in one statement, for two threads of one process.
 //! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
 //! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
@@ -103,6 +108,8 @@ pub(crate) struct Sql {
     pub(crate) release: Prepared,
     pub(crate) hand_over: Prepared,
     pub(crate) withdraw: Prepared,
+    pub(crate) fence: String,
+    pub(crate) unlock_in: String,
     pub(crate) get: String,
     pub(crate) list: String,
 }
@@ -287,6 +294,22 @@ SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waite
                     told = tell("free"),
                 )
             }),
+            // $1 lock, $2 lease id as text, which every driver can send. In the caller's session: no more than what is needed, and
+            // nothing that its settings could change. A row is the proof.
+            fence: format!(
+                "SELECT version FROM {table} WHERE lock_id = $1 AND version = ({newest}) \
+                 AND lease_id = $2::text::uuid AND released_at IS NULL FOR KEY SHARE SKIP LOCKED"
+            ),
+            // $1 lock, $2 lease id as text.
+            unlock_in: format!(
+                "WITH released AS (
+    UPDATE {table} SET released_at = clock_timestamp()
+    WHERE lock_id = $1 AND version = ({newest}) AND lease_id = $2::text::uuid AND released_at IS NULL
+    RETURNING waiters
+)
+SELECT EXISTS (SELECT FROM released), {told}",
+                told = tell("released"),
+            ),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
             list: format!(
                 "SELECT {information} FROM {table}
@@ -325,6 +348,8 @@ mod tests {
             &sql.refresh.text,
             &sql.release.text,
             &sql.hand_over.text,
+            &sql.fence,
+            &sql.unlock_in,
             &sql.get,
             &sql.list,
         ] {

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation};
 use crate::connections::Connections;
 use crate::error::{Error, Result};
+use crate::events::Events;
 use crate::follow_up::{FollowUps, Outcome, Unfinished};
 use crate::hold::Hold;
 use crate::line::{Busy, Lines, Listening, Successor, Waiter};
@@ -44,6 +45,7 @@ struct Inner {
     lines: Arc<Lines>,
     listener: Arc<Listener>,
     follow_ups: FollowUps,
+    events: Events,
 }
 
 impl Drop for Inner {
@@ -72,7 +74,11 @@ struct Release {
 
 /// What came of an attempt to take a lock.
 pub(crate) enum Attempt {
-    Taken(Granted),
+    Taken {
+        granted: Granted,
+        /// From a holder whose lease had run out.
+        is_takeover: bool,
+    },
     Busy(Busy),
 }
 
@@ -87,11 +93,11 @@ impl PostgresStorage {
     /// schema or the table is missing or the table isn't ours, [`Error::Database`] if it can't be created.
     pub fn new(options: PostgresStorageOptions) -> Result<PostgresStorage> {
         let config = options.checked_config()?;
-        let max_connections = options.max_connections;
+        let (max_connections, events) = (options.max_connections, options.events.clone());
         // On a thread of its own, because the pool starts threads and panics where it can't.
         let connections = thread::Builder::new()
             .name("lock-open".to_owned())
-            .spawn(move || Connections::new(config, max_connections))
+            .spawn(move || Connections::new(config, max_connections, events))
             .map_err(|source| Error::Thread { source })?
             .join()
             .map_err(|_| Error::Thread {
@@ -106,6 +112,7 @@ impl PostgresStorage {
                 lines: Arc::default(),
                 listener: Arc::new(Listener::new()),
                 follow_ups: FollowUps::default(),
+                events: options.events,
             }),
         };
         storage.prepare_table(options.create_table)?;
@@ -197,6 +204,14 @@ impl PostgresStorage {
         self.inner.workers.longest_call(ANSWER_TIME)
     }
 
+    pub(crate) fn sql(&self) -> &Sql {
+        &self.inner.sql
+    }
+
+    pub(crate) fn events(&self) -> &Events {
+        &self.inner.events
+    }
+
     pub(crate) fn lines(&self) -> &Lines {
         &self.inner.lines
     }
@@ -229,7 +244,7 @@ impl PostgresStorage {
         };
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let unfinished = move |late: Option<(&mut Session, Attempt)>| match late {
-            Some((session, Attempt::Taken(granted))) => storage.undo(session, &sql, owned, granted),
+            Some((session, Attempt::Taken { granted, .. })) => storage.undo(session, &sql, owned, granted),
             Some((_, Attempt::Busy(_))) if waits => storage.withdraw(&owned.lock_id),
             Some((_, Attempt::Busy(_))) => {}
             None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
@@ -257,6 +272,16 @@ impl PostgresStorage {
                 Err(error) => answered.refreshed(number, Instant::now(), Err(error)),
             },
         );
+    }
+
+    /// Whether a hold is there beyond doubt, as the database says within [`RELEASE_TIME`] to a refresh.
+    pub(crate) fn is_there(&self, hold: &Hold) -> bool {
+        let (sql, claim, version) = (Arc::clone(&self.inner.sql), hold.claim.clone(), hold.version);
+        let describe = hold.claim.lock_id.clone();
+        let action = move || format!("look for lock {describe:?}");
+        let call = move |session: &mut Session| session.refresh(&sql, &claim, version);
+        let is_wanted = self.inner.workers.call(Urgency::Urgent, Instant::now() + RELEASE_TIME, action, call, |_| ());
+        matches!(is_wanted, Ok(Some(_)))
     }
 
     /// What a call took, but too late for its caller.
@@ -443,6 +468,7 @@ fn acquire_on(
         };
         match outcome {
             Acquired::Taken { granted, taken_over_from } => {
+                let is_takeover = taken_over_from.is_some();
                 if let Some(before) = taken_over_from {
                     let lock_id = &claim.lock_id;
                     log::info!(
@@ -451,7 +477,7 @@ fn acquire_on(
                     );
                 }
                 if Term::new(granted.sent, granted.left, claim.lease).is_held(Instant::now()) {
-                    return Ok(Attempt::Taken(granted));
+                    return Ok(Attempt::Taken { granted, is_takeover });
                 }
                 // The answer took longer than the lease: nothing to trust.
                 session.release(sql, claim, Some(granted.version), None, false)?;

@@ -56,8 +56,17 @@ impl Term {
         if self.is_lost { Duration::ZERO } else { self.deadline.saturating_duration_since(now) }
     }
 
+    pub(crate) fn is_lost(&self) -> bool {
+        self.is_lost
+    }
+
     pub(crate) fn deadline(&self) -> Instant {
         self.deadline
+    }
+
+    /// When a loss is told: a little before the deadline, so that whoever is told hears of it by then, although threads wake late.
+    pub(crate) fn loss_time(&self) -> Instant {
+        self.deadline.checked_sub(safety_margin(self.lease) / 10).unwrap_or(self.sent)
     }
 
     /// A refresh sent at `sent` was answered: the lease was renewed to its full length. Too late an answer changes nothing.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use postgres::Config;
 
 use crate::error::{Error, Result};
+use crate::events::Events;
 use crate::session::Session;
 use crate::sync::Instant;
 
@@ -16,7 +17,7 @@ pub(crate) struct Connections(Arc<()>);
 pub(crate) struct CheckedOut(Session);
 
 impl Connections {
-    pub(crate) fn new(_: Config, _: u32) -> Connections {
+    pub(crate) fn new(_: Config, _: u32, _: Events) -> Connections {
         Connections(Arc::new(()))
     }
 

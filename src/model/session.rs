@@ -282,6 +282,8 @@ impl Session {
         true
     }
 
+    pub(crate) fn tell_break(&self) {}
+
     pub(crate) fn is_closed(&self) -> bool {
         false
     }

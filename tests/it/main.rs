@@ -14,6 +14,7 @@ mod support;
 
 mod connections;
 mod examples;
+mod fence;
 mod fuzz;
 mod holds;
 mod input;

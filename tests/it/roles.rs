@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use storage_lock::{LockGuard, Result};
 
+use crate::fence::{LEVELS, begin, set};
 use crate::leaks;
 use crate::support::child::{role, say, wait_for_parent};
 use crate::support::{Table, chain, eventually, ms, short_lock, takes_at_most, waiting_thread};
@@ -20,6 +21,7 @@ fn child_process() {
     match (role.as_str(), arguments.as_slice()) {
         ("hold", [lock_id, owner_id, lease, refresh]) => hold(&table, lock_id, owner_id, lease, refresh),
         ("count", [target, seed]) => count(&table, target.parse().unwrap(), seed.parse().unwrap()),
+        ("write", [lock_id, level, moment]) => write(&table, lock_id, level, moment),
         ("open", []) => open(&table),
         ("healthy run", []) => healthy_run(&table),
         ("threads", []) => threads(&table),
@@ -101,6 +103,35 @@ fn count(table: &Table, target: i64, seed: i64) {
         }
     });
     say("done");
+}
+
+/// Writes its version under a fence; it may go on, and its parent may stop it, at one moment.
+fn write(table: &Table, lock_id: &str, level: &str, moment: &str) {
+    let level = LEVELS.into_iter().find(|known| format!("{known:?}") == level).expect("a level");
+    let guard = table.short_lock(lock_id, ms(1_000), ms(300)).lock("worker-1").expect("lock");
+    let mut client = table.client();
+    let mut transaction = begin(&mut client, level);
+    set(&mut transaction, table, guard.version()).expect("write");
+    if moment == "stopped after its fence" {
+        guard.fence(&mut transaction).expect("fence");
+        say(guard.version());
+        say("fenced");
+        wait_for_parent();
+        transaction.commit().expect("commit");
+        say("committed");
+        return;
+    }
+    // The new owner has to be able to write.
+    transaction.rollback().expect("roll back");
+    let mut transaction = begin(&mut client, level);
+    transaction.query_one("SELECT 1", &[]).expect("a snapshot");
+    say(guard.version());
+    wait_for_parent();
+    let fenced = describe(guard.fence(&mut transaction));
+    drop(transaction);
+    let mut transaction = begin(&mut client, level);
+    let past_deadline = describe(guard.fence_past_deadline(&mut transaction));
+    say(format!("fence: {fenced}, past its deadline: {past_deadline}"));
 }
 
 fn open(table: &Table) {

@@ -1,0 +1,189 @@
+//! Writes that are committed only while the lock is still held: the row of the hold, locked in the caller's own transaction.
+//!
+//! Why it is safe, whatever stops for however long: the lock of the row, and what the transaction writes, become visible to others at one
+//! moment, when it ends; and nobody can acquire the lock before. If somebody has acquired it already, the row isn't there any more.
+
+use postgres::types::Type;
+use postgres::{Client, Row, Transaction};
+
+use crate::error::{Error, Result, is_serialization_failure};
+use crate::guard::LockGuard;
+use crate::hold::Unlocking;
+use crate::sync::Instant;
+
+/// What is wrong with a transaction that doesn't find a hold which is there.
+const NOT_SEEN: &str = "the hold is there, but the transaction doesn't see it, or can't lock its row: it may be on another server or \
+                        database; at REPEATABLE READ or SERIALIZABLE it must begin after the lock was acquired; and nobody else may \
+                        have locked the row";
+
+/// A statement that fences a transaction of any driver: see [`LockGuard::fence_statement`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FenceStatement {
+    /// The statement. It returns one row or none.
+    pub sql: String,
+    /// Its parameter `$1`, as text.
+    pub lock_id: String,
+    /// Its parameter `$2`, as text: it names the hold.
+    pub lease_id: String,
+}
+
+impl LockGuard {
+    /// Makes a transaction of yours depend on the hold: it is committed only if, until it ends, the lock is nobody else's.
+    ///
+    /// After `Ok`, nobody can acquire the lock before the transaction ends, whatever happens to this process, this guard and its lease; refreshes
+    /// go on. So what it reads and writes, before and after the fence, happens before anything that a later owner does under the lock. A
+    /// transaction may be fenced at any time between its begin and its commit. The earlier, the sooner it knows, and
+    /// the longer a takeover has to wait: [`transaction`](Self::transaction) does so last.
+    ///
+    /// The transaction can be on any connection to the database that keeps the lock, at any isolation level (at `REPEATABLE READ` and
+    /// `SERIALIZABLE` it has to begin after the lock was acquired), but not be read-only; its role needs `SELECT` and `UPDATE` on the table. A
+    /// fence in a savepoint that is rolled back is undone.
+    ///
+    /// It is one statement on the transaction's connection, and waits for no lock; it blocks for as long as that connection does. If it fails, up to
+    /// 2 s more are used to find out why.
+    ///
+    /// # Errors
+    /// [`Error::LeaseLost`] if the hold is past its deadline, was released, or somebody else has acquired the lock: roll back.
+    /// [`Error::Fence`] if the hold is there, and the transaction doesn't see it. [`Error::Database`] if the statement failed; with
+    /// SQLSTATE 40001, the hold is there, and the transaction can be repeated.
+    pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        if !self.hold.is_before_deadline() {
+            return Err(self.hold.lost());
+        }
+        self.fence_past_deadline(transaction)
+    }
+
+    /// As [`fence`](Self::fence), also for a hold that is past its deadline, and so lost, if nobody has taken the lock over yet.
+    ///
+    /// That is safe: nobody can from now on until the transaction ends, because its row is locked. What was done under the hold outside of the
+    /// database since its deadline is not. It saves work that is complete but for its commit, as after a pause.
+    ///
+    /// # Errors
+    /// As [`fence`](Self::fence).
+    pub fn fence_past_deadline(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        match self.query(transaction, &self.storage.sql().fence) {
+            Ok(rows) if !rows.is_empty() => Ok(()),
+            result => Err(self.why_not(result.err())),
+        }
+    }
+
+    /// Runs `work` in a transaction on `client`, and commits what it did only if the lock is still held then: begin, `work`,
+    /// [`fence`](Self::fence), commit. If anything fails, or `work` returns an error or panics, all of it is rolled back.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dsn = "host=localhost user=app";
+    /// use postgres::{Client, NoTls};
+    /// use storage_lock::StorageLock;
+    ///
+    /// let mut client = Client::connect(dsn, NoTls)?;
+    /// let guard = StorageLock::connect("counter", dsn)?.lock("worker-1")?;
+    /// guard.transaction(&mut client, |transaction| {
+    ///     transaction.execute("UPDATE counter SET n = n + 1", &[])
+    ///         .map_err(Box::<dyn std::error::Error>::from)
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// It costs one round trip more than the transaction without the lock. For another isolation level, build the transaction yourself,
+    /// and call `fence` before its commit.
+    ///
+    /// # Errors
+    /// What `work` returns, as it is; what `fence` returns; and [`Error::Database`] if begin or commit fails. If the connection breaks
+    /// in the commit (an error without a SQLSTATE), the transaction may have been committed: then that was before anybody else owned the lock.
+    pub fn transaction<T, E: From<Error>>(
+        &self,
+        client: &mut Client,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        if !self.hold.is_before_deadline() {
+            return Err(self.hold.lost().into());
+        }
+        let mut transaction = client.transaction().map_err(|source| self.failed("begin", source))?;
+        // If it is dropped, it is rolled back.
+        let value = work(&mut transaction)?;
+        self.fence(&mut transaction)?;
+        transaction.commit().map_err(|source| self.failed("commit", source))?;
+        Ok(value)
+    }
+
+    /// The fence for another driver, such as `sqlx`, `diesel` or `tokio-postgres`.
+    ///
+    /// Run it in your transaction with its two parameters, both text. If it returns a row, the transaction is fenced, as by
+    /// [`fence_past_deadline`](Self::fence_past_deadline); if it returns none, or fails with SQLSTATE 40001, roll back: the lock may be
+    /// somebody else's.
+    ///
+    /// ```no_run
+    /// # fn doc(guard: &storage_lock::LockGuard, transaction: &mut postgres::Transaction<'_>) -> Result<(), postgres::Error> {
+    /// let fence = guard.fence_statement();
+    /// // sqlx: query(&fence.sql).bind(&fence.lock_id).bind(&fence.lease_id).fetch_optional(&mut *transaction).await?
+    /// let is_ours = transaction.query_opt(&fence.sql, &[&fence.lock_id, &fence.lease_id])?.is_some();
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn fence_statement(&self) -> FenceStatement {
+        FenceStatement {
+            sql: self.storage.sql().fence.clone(),
+            lock_id: self.lock_id().to_owned(),
+            lease_id: self.hold.claim.lease_id.to_string(),
+        }
+    }
+
+    /// Makes the release of the lock a part of your transaction: when it is committed, what it wrote and the release become visible together; if it
+    /// is rolled back, the lock is still held.
+    ///
+    /// After `Ok` it is fenced as by [`fence`](Self::fence). From then on [`is_held`](Self::is_held) is false, because the transaction may
+    /// be committed at any time. After a rollback it is true again as soon as a refresh has found the hold, which is sent at once. After the
+    /// commit, drop the guard. One that is dropped without a commit releases the lock, as ever.
+    ///
+    /// Keep the rest of the transaction short: the hold can't be refreshed until it ends. At `REPEATABLE READ` and `SERIALIZABLE` it fails with
+    /// SQLSTATE 40001 if the lease was refreshed after the transaction began: use `fence`, and unlock after the commit. Where others
+    /// wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow. An inner guard of a lock that was taken more than once releases nothing, and only fences.
+    ///
+    /// It is one statement on the transaction's connection, and blocks for as long as that connection does.
+    ///
+    /// # Errors
+    /// As [`fence`](Self::fence). The lock is held as before.
+    pub fn unlock_in(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        if !self.hold.is_before_deadline() {
+            return Err(self.hold.lost());
+        }
+        let Some(before) = self.hold.begin_unlocking() else { return self.fence(transaction) };
+        let result = self.query(transaction, &self.storage.sql().unlock_in);
+        let is_released =
+            result.as_ref().is_ok_and(|rows| rows.first().is_some_and(|row| row.try_get(0).unwrap_or(false)));
+        if !is_released {
+            self.hold.set_unlocking(before);
+            return Err(self.why_not(result.err()));
+        }
+        self.hold.set_unlocking(Unlocking::Since(Instant::now()));
+        // It waits in the server until the transaction ends, and finds out how.
+        self.storage.send_refresh(&self.hold, 0, Instant::now() + self.hold.attempt_time());
+        Ok(())
+    }
+
+    fn query(&self, transaction: &mut Transaction<'_>, sql: &str) -> Result<Vec<Row>, postgres::Error> {
+        let lease_id = self.hold.claim.lease_id.to_string();
+        transaction.query_typed(sql, &[(&self.lock_id(), Type::TEXT), (&lease_id, Type::TEXT)])
+    }
+
+    /// Why a statement found nothing, or failed.
+    fn why_not(&self, error: Option<postgres::Error>) -> Error {
+        match error {
+            // A takeover, or something else in the transaction.
+            Some(source) if !is_serialization_failure(&source) || self.storage.is_there(&self.hold) => {
+                self.failed("fence", source)
+            }
+            None if self.storage.is_there(&self.hold) => {
+                Error::Fence { lock_id: self.lock_id().to_owned(), problem: NOT_SEEN }
+            }
+            Some(_) | None => self.hold.lost(),
+        }
+    }
+
+    fn failed(&self, what: &str, source: postgres::Error) -> Error {
+        Error::Database { action: format!("{what} a transaction under lock {:?}", self.lock_id()), source }
+    }
+}

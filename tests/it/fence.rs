@@ -1,0 +1,524 @@
+//! Writes that are committed only while the lock is held.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use nix::sys::signal::Signal;
+use postgres::error::SqlState;
+use postgres::{Client, IsolationLevel, Transaction};
+use storage_lock::{Error, LockGuard};
+
+use crate::support::child::Process;
+use crate::support::{Table, eventually, is_refreshed, ms, takes_at_most, waits_for};
+
+pub const LEVELS: [IsolationLevel; 3] =
+    [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable];
+
+/// A table with one number, beside the locks.
+fn with_number(table: &Table) {
+    table.execute("CREATE TABLE $T_number (n bigint)");
+    table.execute("INSERT INTO $T_number VALUES (0)");
+}
+
+fn number(table: &Table) -> i64 {
+    table.client().query_one(&format!("SELECT n FROM {}_number", table.name), &[]).unwrap().get(0)
+}
+
+fn without_number(table: Table) {
+    table.execute("DROP TABLE $T_number");
+}
+
+pub fn begin(client: &mut Client, level: IsolationLevel) -> Transaction<'_> {
+    client.build_transaction().isolation_level(level).start().unwrap()
+}
+
+/// Takes the snapshot, where there is one for the whole transaction.
+fn see(transaction: &mut Transaction<'_>) {
+    transaction.query_one("SELECT 1", &[]).unwrap();
+}
+
+pub fn set(transaction: &mut Transaction<'_>, table: &Table, n: i64) -> Result<u64, postgres::Error> {
+    transaction.execute(&format!("UPDATE {}_number SET n = $1", table.name), &[&n])
+}
+
+#[track_caller]
+fn is_lost<T>(result: Result<T, Error>) -> bool {
+    let error = result.err().expect("it is refused");
+    assert!(error.is_lease_lost(), "{error:?}");
+    true
+}
+
+/// How many sessions wait for a lock of any kind that concerns a table.
+fn waits_in_the_server(client: &mut Client, table: &Table) -> i64 {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%'";
+    client.query_one(sql, &[&table.name]).unwrap().get(0)
+}
+
+#[test]
+fn nobody_acquires_the_lock_before_a_fenced_transaction_ends() {
+    for level in LEVELS {
+        for commits in [true, false] {
+            let table = Table::new();
+            let (ours, theirs) = (table.lock("l"), table.lock("l"));
+            let guard = ours.lock("worker-1").unwrap();
+            let mut client = table.client();
+            let mut transaction = begin(&mut client, level);
+            guard.fence(&mut transaction).unwrap();
+            table.expire("l");
+            for _ in 0..20 {
+                assert!(theirs.try_lock("worker-2").unwrap().is_none(), "{level:?}");
+            }
+            if commits {
+                transaction.commit().unwrap()
+            } else {
+                transaction.rollback().unwrap()
+            }
+            let new = theirs.try_lock("worker-2").unwrap().expect("the lock is free");
+            assert_eq!(new.version(), guard.version() + 1);
+        }
+    }
+}
+
+#[test]
+fn the_transaction_of_a_hold_that_was_taken_over_is_refused_at_every_isolation_level() {
+    for level in LEVELS {
+        for has_begun in [true, false] {
+            let table = Table::new();
+            let (ours, theirs) = (table.lock("l"), table.lock("l"));
+            let old = ours.lock("worker-1").unwrap();
+            let mut client = table.client();
+            let take_over = || {
+                table.expire("l");
+                theirs.try_lock("worker-1").unwrap().expect("the lock is free")
+            };
+            let (_new, mut transaction) = if has_begun {
+                let mut transaction = begin(&mut client, level);
+                see(&mut transaction);
+                (take_over(), transaction)
+            } else {
+                (take_over(), begin(&mut client, level))
+            };
+            assert!(old.is_held(), "it hasn't heard of it");
+            assert!(is_lost(old.fence(&mut transaction)), "{level:?}");
+            drop(transaction);
+            assert!(is_lost(old.fence_past_deadline(&mut begin(&mut client, level))), "{level:?}");
+        }
+    }
+}
+
+#[test]
+fn a_released_hold_fences_nothing() {
+    for level in LEVELS {
+        let table = Table::new();
+        let lock = table.lock("l");
+        let (outer, mut client) = (lock.lock("worker-1").unwrap(), table.client());
+        let statement = outer.fence_statement();
+        outer.unlock().unwrap();
+        let mut transaction = begin(&mut client, level);
+        let rows = transaction.query(&statement.sql, &[&statement.lock_id, &statement.lease_id]).unwrap();
+        assert!(rows.is_empty(), "{level:?}");
+    }
+}
+
+/// What a failover that lost commits may leave behind.
+#[test]
+fn a_fence_knows_its_hold_from_another_one_of_the_same_version() {
+    let table = Table::new();
+    let guard = table.lock("l").lock("worker-1").unwrap();
+    table.execute("UPDATE $T SET lease_id = gen_random_uuid()");
+    let mut client = table.client();
+    assert!(is_lost(guard.fence(&mut client.transaction().unwrap())));
+    assert!(is_lost(guard.unlock_in(&mut client.transaction().unwrap())));
+}
+
+#[test]
+fn refreshes_go_on_under_a_fence_that_is_open_for_longer_than_the_lease() {
+    for level in LEVELS {
+        let table = Table::new();
+        let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
+        let mut client = table.client();
+        let mut transaction = begin(&mut client, level);
+        see(&mut transaction);
+        // Fenced before and after refreshes, and again.
+        is_refreshed(&guard);
+        let end = Instant::now() + ms(2_200);
+        while Instant::now() < end {
+            guard.fence(&mut transaction).unwrap();
+            is_refreshed(&guard);
+        }
+        assert!(guard.is_held(), "{level:?}");
+        transaction.commit().unwrap();
+        guard.unlock().unwrap();
+    }
+}
+
+#[test]
+fn a_hold_past_its_deadline_is_refused_and_can_be_fenced_on_request_until_it_is_taken_over() {
+    for level in LEVELS {
+        let table = Table::new();
+        with_number(&table);
+        let guard = table.short_lock("l", ms(1_000), ms(600)).lock("worker-1").unwrap();
+        // Nothing is refreshed any more, and the lease runs out.
+        table.execute("ALTER TABLE $T RENAME TO $T_away");
+        eventually("the hold is lost", || !guard.is_held());
+        table.execute("ALTER TABLE $T_away RENAME TO $T");
+        table.expire("l");
+        let (theirs, mut client) = (table.lock("l"), table.client());
+        assert!(is_lost(guard.fence(&mut client.transaction().unwrap())));
+        assert!(is_lost(guard.unlock_in(&mut client.transaction().unwrap())));
+        let work = |transaction: &mut Transaction<'_>| set(transaction, &table, 7).map_err(Fault::from);
+        assert!(matches!(guard.transaction(&mut client, work), Err(Fault::Lock(error)) if error.is_lease_lost()));
+        assert_eq!(number(&table), 0);
+
+        let mut transaction = begin(&mut client, level);
+        guard.fence_past_deadline(&mut transaction).unwrap();
+        set(&mut transaction, &table, 8).unwrap();
+        assert!(theirs.try_lock("worker-2").unwrap().is_none(), "{level:?}");
+        transaction.commit().unwrap();
+        assert_eq!(number(&table), 8);
+        let _new = theirs.try_lock("worker-2").unwrap().expect("the lock is free");
+        assert!(is_lost(guard.fence_past_deadline(&mut begin(&mut client, level))));
+        without_number(table);
+    }
+}
+
+/// An application's own error type.
+#[derive(Debug)]
+enum Fault {
+    Own(&'static str),
+    Postgres(#[allow(dead_code)] postgres::Error),
+    Lock(Error),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Fault {
+        Fault::Lock(error)
+    }
+}
+
+impl From<postgres::Error> for Fault {
+    fn from(error: postgres::Error) -> Fault {
+        Fault::Postgres(error)
+    }
+}
+
+#[test]
+fn a_transaction_commits_what_was_done_under_the_lock_and_nothing_else() {
+    let table = Table::new();
+    with_number(&table);
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    let (guard, mut client) = (ours.lock("worker-1").unwrap(), table.client());
+
+    let value = guard.transaction(&mut client, |transaction| {
+        set(transaction, &table, 1)?;
+        Ok::<_, Fault>("the closure's value")
+    });
+    assert_eq!((value.unwrap(), number(&table)), ("the closure's value", 1));
+
+    let failed: Result<(), Fault> = guard.transaction(&mut client, |transaction| {
+        set(transaction, &table, 2)?;
+        Err(Fault::Own("its own error"))
+    });
+    assert!(matches!(failed, Err(Fault::Own("its own error"))));
+    assert_eq!(number(&table), 1, "rolled back");
+
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        guard.transaction(&mut client, |transaction| -> Result<(), Fault> {
+            set(transaction, &table, 3)?;
+            panic!("in the closure");
+        })
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(number(&table), 1, "rolled back");
+
+    // An error of the database that the closure doesn't mind has ended the transaction all the same.
+    let aborted = guard.transaction(&mut client, |transaction| {
+        set(transaction, &table, 4)?;
+        transaction.execute("SELECT 1 / 0", &[]).unwrap_err();
+        Ok::<_, Fault>(())
+    });
+    let code = |error: &Error| {
+        std::error::Error::source(error).unwrap().downcast_ref::<postgres::Error>().unwrap().code().cloned()
+    };
+    assert!(
+        matches!(&aborted, Err(Fault::Lock(error)) if code(error) == Some(SqlState::IN_FAILED_SQL_TRANSACTION)),
+        "{aborted:?}"
+    );
+
+    table.expire("l");
+    let _new = theirs.try_lock("worker-2").unwrap().expect("the lock is free");
+    let lost = guard.transaction(&mut client, |transaction| Ok::<_, Fault>(set(transaction, &table, 5)?));
+    assert!(matches!(lost, Err(Fault::Lock(error)) if error.is_lease_lost()));
+    assert_eq!(number(&table), 1, "nothing is committed");
+    without_number(table);
+}
+
+#[test]
+fn a_transaction_that_cannot_see_the_hold_is_told_so_and_the_hold_is_not_taken_for_lost() {
+    let (table, elsewhere) = (Table::new(), Table::new());
+    // Another table stands for another database.
+    elsewhere.storage();
+    let lock = table.lock("l");
+    let mut client = table.client();
+    let mut old = begin(&mut client, IsolationLevel::RepeatableRead);
+    drop(lock.lock("worker-1").unwrap());
+    see(&mut old);
+    let guard = lock.lock("worker-1").unwrap();
+    let told = |error: Error| {
+        assert!(matches!(&error, Error::Fence { lock_id, .. } if lock_id == "l"), "{error:?}");
+    };
+    told(match guard.fence(&mut old).unwrap_err() {
+        // The hold before was moved under the snapshot: a repetition will see this one.
+        Error::Database { source, .. } => {
+            assert_eq!(source.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE));
+            drop(old);
+            let mut old = begin(&mut client, IsolationLevel::RepeatableRead);
+            see(&mut old);
+            drop(guard);
+            let guard = lock.lock("worker-1").unwrap();
+            let error = guard.fence(&mut old).unwrap_err();
+            drop(old);
+            error
+        }
+        error => {
+            drop(old);
+            error
+        }
+    });
+
+    let guard = lock.lock("worker-1").unwrap();
+    let mut reads = client.build_transaction().read_only(true).start().unwrap();
+    let error = guard.fence(&mut reads).unwrap_err();
+    assert!(
+        matches!(&error, Error::Database { source, .. } if source.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION)),
+        "{error:?}"
+    );
+    drop(reads);
+
+    // Somebody has locked the row by hand.
+    let (mut locker, mut other) = (table.client(), table.client());
+    let mut locked = locker.transaction().unwrap();
+    locked.execute(&format!("SELECT FROM {} FOR UPDATE", table.name), &[]).unwrap();
+    let mut transaction = other.transaction().unwrap();
+    let error = takes_at_most(ms(3_000), "a fence behind a locked row", || guard.fence(&mut transaction)).unwrap_err();
+    assert!(error.is_lease_lost(), "nobody can tell: {error:?}");
+    assert!(guard.is_held());
+}
+
+/// Two serializable transactions that read what the other one writes: it has nothing to do with the lock.
+#[test]
+fn a_serialization_failure_that_is_none_of_the_locks_is_not_taken_for_a_lost_lease() {
+    let table = Table::new();
+    let guard = table.lock("l").lock("worker-1").unwrap();
+    table.execute("CREATE TABLE $T_number (n bigint)");
+    let (mut one, mut two) = (table.client(), table.client());
+    let (mut one, mut two) =
+        (begin(&mut one, IsolationLevel::Serializable), begin(&mut two, IsolationLevel::Serializable));
+    for (transaction, n) in [(&mut one, 1_i64), (&mut two, 2)] {
+        transaction.query(&format!("SELECT n FROM {}_number", table.name), &[]).unwrap();
+        transaction.execute(&format!("INSERT INTO {}_number VALUES ($1)", table.name), &[&n]).unwrap();
+    }
+    one.commit().unwrap();
+    let error = guard.fence(&mut two).unwrap_err();
+    assert!(
+        matches!(&error, Error::Database { source, .. } if source.code() == Some(&SqlState::T_R_SERIALIZATION_FAILURE)),
+        "{error:?}"
+    );
+    drop(two);
+    guard.unlock().unwrap();
+    without_number(table);
+}
+
+#[test]
+fn a_fence_in_a_savepoint_holds_with_it_and_is_undone_with_it() {
+    let table = Table::new();
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    let (guard, mut client) = (ours.lock("worker-1").unwrap(), table.client());
+    let mut transaction = client.transaction().unwrap();
+    let mut savepoint = transaction.transaction().unwrap();
+    guard.fence(&mut savepoint).unwrap();
+    savepoint.commit().unwrap();
+    table.expire("l");
+    assert!(theirs.try_lock("worker-2").unwrap().is_none());
+    let mut savepoint = transaction.transaction().unwrap();
+    guard.fence(&mut savepoint).unwrap();
+    savepoint.rollback().unwrap();
+    assert!(theirs.try_lock("worker-2").unwrap().is_none(), "the first one holds");
+    transaction.rollback().unwrap();
+
+    let mut transaction = client.transaction().unwrap();
+    let mut savepoint = transaction.transaction().unwrap();
+    guard.fence(&mut savepoint).unwrap();
+    savepoint.rollback().unwrap();
+    assert!(theirs.try_lock("worker-2").unwrap().is_some());
+}
+
+/// Why it is safe: the row stays locked until the transaction ends, whether or not it says that it is released.
+#[test]
+fn a_transaction_that_was_fenced_before_its_guard_was_dropped_commits_before_anybody_has_the_lock() {
+    let table = Table::new();
+    with_number(&table);
+    let (ours, theirs) = (table.lock("l"), table.lock("l"));
+    let (guard, mut client) = (ours.lock("worker-1").unwrap(), table.client());
+    let mut transaction = client.transaction().unwrap();
+    guard.fence(&mut transaction).unwrap();
+    set(&mut transaction, &table, 1).unwrap();
+    // The release doesn't wait for the transaction.
+    takes_at_most(ms(1_000), "unlock", || guard.unlock().unwrap());
+    assert!(theirs.info().unwrap().unwrap().released_at.is_some());
+    for _ in 0..20 {
+        assert!(theirs.try_lock("worker-2").unwrap().is_none());
+    }
+    let waiter = waits_for(&theirs);
+    assert_eq!(number(&table), 0);
+    transaction.commit().unwrap();
+    assert_eq!(waiter.join().unwrap(), 2);
+    assert_eq!(number(&table), 1);
+    without_number(table);
+}
+
+#[test]
+fn who_waits_behind_a_fenced_transaction_does_not_hang_in_the_server_and_gives_up_in_time() {
+    let table = Table::new();
+    let guard = table.short_lock("l", ms(1_000), ms(600)).lock("worker-1").unwrap();
+    let (mut client, mut observer) = (table.client(), table.client());
+    let mut transaction = client.transaction().unwrap();
+    guard.fence(&mut transaction).unwrap();
+    for is_released in [false, true] {
+        // While it is held, when its lease has run out, and when it is released.
+        if is_released {
+            drop(table.lock("other"));
+        }
+        let theirs = table.lock("l");
+        let waiter = thread::spawn(move || {
+            takes_at_most(ms(1_500) + ms(500), "try_lock_for", || {
+                theirs.try_lock_for("worker-2", ms(1_500)).unwrap().is_some()
+            })
+        });
+        while !waiter.is_finished() {
+            assert_eq!(waits_in_the_server(&mut observer, &table), 0, "somebody waits for a row");
+            thread::sleep(ms(2));
+        }
+        assert!(!waiter.join().unwrap());
+        if !is_released {
+            table.execute("UPDATE $T SET released_at = clock_timestamp()");
+        }
+    }
+    transaction.commit().unwrap();
+    assert!(table.lock("l").try_lock_for("worker-2", ms(2_000)).unwrap().is_some());
+}
+
+/// A process that is stopped for longer than its lease, with its commit before it.
+#[test]
+fn the_commit_of_a_zombie_is_refused_at_every_isolation_level() {
+    for level in LEVELS {
+        let table = Table::new();
+        with_number(&table);
+        let mut zombie = Process::start("write", &table, &["l", &format!("{level:?}"), "stopped before its fence"]);
+        assert_eq!(zombie.expect_line(), "1");
+        zombie.signal(Signal::SIGSTOP);
+        let new = takes_at_most(ms(3_000), "the takeover", || table.lock("l").lock("worker-1").unwrap());
+        let mut client = table.client();
+        new.transaction(&mut client, |transaction| Ok::<_, Fault>(set(transaction, &table, new.version())?)).unwrap();
+        zombie.signal(Signal::SIGCONT);
+        zombie.go_on();
+        assert_eq!(zombie.expect_line(), "fence: lost, past its deadline: lost", "{level:?}");
+        assert_eq!(number(&table), 2, "{level:?}");
+        drop(zombie);
+        without_number(table);
+    }
+}
+
+/// One whose fence had run before it was stopped has the lock until it ends, however long that takes.
+#[test]
+fn who_would_take_over_from_a_zombie_with_a_fence_waits_until_it_ends() {
+    for level in LEVELS {
+        let table = Table::new();
+        with_number(&table);
+        let mut zombie = Process::start("write", &table, &["l", &format!("{level:?}"), "stopped after its fence"]);
+        assert_eq!(zombie.expect_line(), "1");
+        assert_eq!(zombie.expect_line(), "fenced");
+        zombie.signal(Signal::SIGSTOP);
+        let (theirs, stopped) = (table.lock("l"), Instant::now());
+        assert!(theirs.try_lock_for("worker-2", ms(2_500)).unwrap().is_none(), "its lease of 1 s is over");
+        let row = theirs.info().unwrap().unwrap();
+        assert!(!row.is_held && row.version == 1, "{row:?}");
+        zombie.signal(Signal::SIGCONT);
+        zombie.go_on();
+        let new = takes_at_most(ms(3_000), "the takeover", || theirs.lock("worker-2").unwrap());
+        println!("{level:?}: waited {:?} for a lease of 1 s", stopped.elapsed());
+        assert_eq!(zombie.expect_line(), "committed");
+        assert_eq!((new.version(), number(&table)), (2, 1), "{level:?}: it came first");
+        let mut client = table.client();
+        new.transaction(&mut client, |transaction| Ok::<_, Fault>(set(transaction, &table, new.version())?)).unwrap();
+        assert_eq!(number(&table), 2);
+        drop(zombie);
+        without_number(table);
+    }
+}
+
+/// Each of two takes the lock from the other again and again, while that one commits.
+#[test]
+fn of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions() {
+    const ROUNDS: usize = 3_000;
+    let table = Table::new();
+    with_number(&table);
+    table.storage();
+    let (committed, refused, newest) = (AtomicI64::new(0), AtomicI64::new(0), AtomicI64::new(0));
+    thread::scope(|scope| {
+        for level in LEVELS {
+            let (table, committed, refused, newest) = (&table, &committed, &refused, &newest);
+            scope.spawn(move || {
+                let (lock, mut client, mut ager) = (table.lock("l"), table.client(), table.client());
+                let expire = format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.name);
+                let write = format!("UPDATE {}_number SET n = $1", table.name);
+                for round in 0..ROUNDS / 3 {
+                    let guard: LockGuard = lock.lock("worker").unwrap();
+                    // As if it had been stopped: from now on anybody may take over.
+                    ager.execute(&expire, &[]).unwrap();
+                    let version = guard.version();
+                    // The write before the fence, or after it.
+                    let result = (|| -> Result<(), Fault> {
+                        let mut transaction = begin(&mut client, level);
+                        if round % 2 == 0 {
+                            guard.fence(&mut transaction)?;
+                        }
+                        let before: i64 =
+                            transaction.query_one(&format!("SELECT n FROM {}_number", table.name), &[])?.get(0);
+                        transaction.execute(&write, &[&version])?;
+                        if round % 2 == 1 {
+                            guard.fence(&mut transaction)?;
+                        }
+                        transaction.commit()?;
+                        assert!(before < version, "version {version} wrote after {before}");
+                        Ok(())
+                    })();
+                    match result {
+                        Ok(()) => {
+                            committed.fetch_add(1, Ordering::SeqCst);
+                            newest.fetch_max(version, Ordering::SeqCst);
+                        }
+                        Err(Fault::Lock(error)) => {
+                            assert!(error.is_lease_lost(), "{error:?}");
+                            refused.fetch_add(1, Ordering::SeqCst);
+                        }
+                        // The register was written by a newer hold, after this one's snapshot.
+                        Err(Fault::Postgres(error)) => {
+                            assert_eq!(error.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE));
+                            refused.fetch_add(1, Ordering::SeqCst);
+                        }
+                        Err(Fault::Own(_)) => unreachable!(),
+                    }
+                    drop(guard);
+                }
+            });
+        }
+    });
+    let (committed, refused) = (committed.into_inner(), refused.into_inner());
+    println!("{committed} committed, {refused} refused");
+    assert_eq!(number(&table), newest.into_inner(), "the last hold in the order of the versions wrote last");
+    assert!(committed > 300 && refused > 50, "{committed} committed, {refused} refused: no race");
+    without_number(table);
+}
