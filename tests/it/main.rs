@@ -31,4 +31,5 @@ mod servers;
 mod settings;
 mod table;
 mod tidy;
+mod trigger;
 mod waiting;
