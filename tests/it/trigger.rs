@@ -480,6 +480,28 @@ fn a_writer_needs_three_rights_to_the_versions_and_usage_of_the_schema() {
     schema.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}"));
 }
 
+/// Where a lock is new to the table, its row may come between two statements of the check.
+#[test]
+fn the_first_writers_of_a_lock_do_not_wait_for_each_other_in_a_circle() {
+    let schema = Schema::guarded();
+    // An update looks at the table, and then takes its time.
+    schema.execute(
+        "CREATE FUNCTION $S.sleep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END';
+         CREATE TRIGGER sleep BEFORE UPDATE ON $S.storage_lock_versions FOR EACH STATEMENT EXECUTE FUNCTION $S.sleep()",
+    );
+    let schema = &schema;
+    thread::scope(|scope| {
+        let writers = [2, 3].map(|version| scope.spawn(move || schema.insert(version)));
+        let mut client = client();
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND strpos(query, $1) > 0";
+        eventually("both have looked", || client.query_one(sql, &[&schema.name]).unwrap().get::<_, i64>(0) == 2);
+        schema.execute("INSERT INTO $S.storage_lock_versions VALUES ('l', 1)");
+        let [older, newer] = writers.map(|writer| writer.join().unwrap());
+        assert_eq!(newer, Ok(()));
+        assert!(older == Ok(()) || older == refused(TOO_OLD), "{older:?}");
+    });
+}
+
 /// Writers under versions that grow, in a disorder: what was committed, in its order, and how many were refused.
 fn interleaved(isolation: IsolationLevel, transactions: usize) -> (Vec<i64>, usize) {
     let schema = Schema::guarded();
