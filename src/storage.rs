@@ -184,12 +184,15 @@ impl PostgresStorage {
     /// COMMIT;
     /// ```
     ///
-    /// A version that is smaller than the greatest that was seen is an error with SQLSTATE `SL001`, a write that doesn't say its
-    /// version one with `SL002`. As soon as a version has been said, and its transaction committed, no older one is
-    /// written, whatever the isolation level. A newer one waits for the end of transactions under older ones that are open. So what is read
-    /// after the call stays true until the commit, but what was read before it may not: call it *before* reading, and in a
-    /// statement of its own. In REPEATABLE READ and SERIALIZABLE, where all that a transaction reads is from before that
-    /// wait, call it after taking the lock in a transaction of its own too.
+    /// A version that is smaller than the greatest that was seen is an error with SQLSTATE `SL001`, a write that doesn't say
+    /// its version one with `SL002`. Once a transaction under a version is committed, none under an older one is, whatever
+    /// rows it wrote and whatever the isolation level.
+    ///
+    /// The call waits for the end of open transactions under other versions; those under one version don't wait for each other
+    /// (so old ones that overlap without a pause keep a newer one waiting: set `lock_timeout` where that must end). What is
+    /// read after it, older holders change no more until the commit; what was read before it, they may have changed. So
+    /// call it *before* reading, in a statement of its own. In REPEATABLE READ and SERIALIZABLE a transaction reads what
+    /// there was before that wait: there, call it once in a transaction of its own too, after taking the lock.
     ///
     /// Not checked are: writes that name a partition, if only the partitioned table has the trigger; logical replication and
     /// `session_replication_role = replica`; changes of the table itself. Locks of two tables in one schema are told
