@@ -314,6 +314,11 @@ impl Session {
         }
     }
 
+    /// One batch, and so one transaction.
+    pub(crate) fn create_version_check(&mut self, sql: &Sql) -> Result<(), Fault> {
+        Ok(self.client.batch_execute(&sql.create_version_check)?)
+    }
+
     /// What the last parameter of a prepared statement has to be.
     fn place(&self, prepared: &Prepared) -> Option<String> {
         self.backend.map(|backend| format!("{backend} {}", prepared.name))

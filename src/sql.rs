@@ -28,6 +28,8 @@
 //! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
 //! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
 //!   off. A release may be lost in a crash: then the lease runs out. It commits without waiting for the disk.
+//! - The **version check** ([`version_check`]) is for whoever writes data under a lock, and never used by the library itself. It
+//!   remembers the greatest version on its own, because the data may be in a database that doesn't have our table.
 //! - A prepared statement does nothing unless it is told the backend that it runs in and its own name and table: a guard
 //!   against poolers, see [`crate::session`].
 
@@ -112,6 +114,8 @@ pub(crate) struct Sql {
     pub(crate) unlock_in: String,
     pub(crate) get: String,
     pub(crate) list: String,
+    pub(crate) version_check: String,
+    pub(crate) create_version_check: String,
 }
 
 /// A statement that is run often, and so is prepared once a connection.
@@ -139,6 +143,7 @@ impl Sql {
         let information = "lock_id, owner_id, version, lock_begin_time, lease_expire_time, released_at, \
                            released_at IS NULL AND lease_expire_time > clock_timestamp() AS is_held, \
                            coalesce(cardinality(waiters), 0) AS waiters";
+        let version_check = version_check(schema);
         let grace = format!("interval '{} milliseconds'", GRACE.as_millis());
         // For the process $6, or for one that doesn't stand in line.
         let is_free = format!(
@@ -315,9 +320,96 @@ SELECT EXISTS (SELECT FROM released), {told}",
                 "SELECT {information} FROM {table}
 WHERE released_at IS NULL AND lease_expire_time > clock_timestamp() ORDER BY lock_id"
             ),
+            // One after the other, as what is missing for two at once can't be created by both, nor a function be replaced. The
+            // last statement writes nothing, and fails if there is another program's table of that name.
+            create_version_check: format!(
+                "SELECT pg_advisory_xact_lock(hashtextextended({name}, 0));
+{version_check};
+INSERT INTO {versions} (lock_id, version) SELECT '', 0 WHERE false ON CONFLICT (lock_id) DO NOTHING",
+                name = literal(&format!("storage_lock_versions of {schema}")),
+                versions = versions(schema),
+            ),
+            version_check,
             table,
         }
     }
+}
+
+/// Where the greatest versions are remembered.
+fn versions(schema: &str) -> String {
+    format!("{}.\"storage_lock_versions\"", quote(schema))
+}
+
+/// What makes tables refuse writes under an older version.
+///
+/// A writer says its version in a statement of its own before it reads and writes, and the trigger checks that again: a
+/// setting of the transaction carries it from one to the other. What counts is the row lock, which lasts as long as the transaction:
+///
+/// - A newer version updates the row, so that everybody else waits for its end: it may yet be rolled back.
+/// - An equal one locks it in share mode. So a newer one waits for its end, and nothing of the old version is committed after
+///   something of the new one, whatever rows and tables they write to.
+/// - A shared lock is never turned into an exclusive one, for which two transactions would wait for each other: only a
+///   row that has the version, or a greater one, is locked in share mode.
+///
+/// Each statement has a snapshot of its own in READ COMMITTED. In the stricter levels a row that has moved meanwhile is a
+/// serialization failure in each of the three.
+fn version_check(schema: &str) -> String {
+    let versions = versions(schema);
+    let use_version = format!("{}.\"storage_lock_use_version\"", quote(schema));
+    // The names of the operators depend on the search path too. pg_temp comes first if it isn't named.
+    let language = "LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp";
+    let use_body = dollar_quoted(&format!(
+        "
+DECLARE
+    seen bigint;
+BEGIN
+    IF lock_name IS NULL OR lock_version IS NULL THEN
+        RAISE EXCEPTION 'this transaction has not said under which version of lock \"%\" it writes', lock_name
+            USING ERRCODE = 'SL002', HINT = 'Call storage_lock_use_version in a statement of its own first.';
+    END IF;
+    LOOP
+        UPDATE {versions} SET version = lock_version WHERE lock_id = lock_name AND version < lock_version;
+        EXIT WHEN FOUND;
+        SELECT version INTO seen FROM {versions} WHERE lock_id = lock_name AND version >= lock_version FOR SHARE;
+        IF seen > lock_version THEN
+            RAISE EXCEPTION 'version % of lock \"%\" is too old: version % has been seen', lock_version, lock_name, seen
+                USING ERRCODE = 'SL001';
+        END IF;
+        EXIT WHEN FOUND;
+        INSERT INTO {versions} (lock_id, version) VALUES (lock_name, lock_version) ON CONFLICT DO NOTHING;
+        EXIT WHEN FOUND;
+    END LOOP;
+    PERFORM set_config('storage_lock.versions', (
+        coalesce(nullif(current_setting('storage_lock.versions', true), ''), '{{}}')::jsonb
+        || jsonb_build_object(lock_name, lock_version))::text, true);
+END
+"
+    ));
+    let check_body = dollar_quoted(&format!(
+        "
+BEGIN
+    -- A row would be locked before the version is checked, and left out.
+    IF TG_NARGS <> 1 OR TG_WHEN <> 'BEFORE' OR TG_LEVEL <> 'STATEMENT' THEN
+        RAISE EXCEPTION 'trigger % has to be BEFORE and FOR EACH STATEMENT, with a lock id as its argument', TG_NAME
+            USING ERRCODE = 'trigger_protocol_violated';
+    END IF;
+    PERFORM {use_version}(
+        TG_ARGV[0], (nullif(current_setting('storage_lock.versions', true), '')::jsonb ->> TG_ARGV[0])::bigint);
+    RETURN NULL;
+END
+"
+    ));
+    format!(
+        "CREATE TABLE IF NOT EXISTS {versions} (
+    lock_id text COLLATE \"C\" PRIMARY KEY,
+    version bigint NOT NULL
+);
+CREATE OR REPLACE FUNCTION {use_version}(lock_name text, lock_version bigint) RETURNS void
+{language} AS {use_body};
+CREATE OR REPLACE FUNCTION {}.\"storage_lock_check_version\"() RETURNS trigger
+{language} AS {check_body}",
+        quote(schema)
+    )
 }
 
 /// An identifier as SQL. Any characters but NUL are fine.
@@ -333,6 +425,15 @@ pub(crate) fn channel(waiter: Uuid) -> String {
 /// A string literal as SQL, whatever `standard_conforming_strings` is.
 fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+/// The body of a function: also one with names in it that look like the end of such a literal.
+fn dollar_quoted(text: &str) -> String {
+    let mut tag = "$body$".to_owned();
+    while text.contains(&tag) {
+        tag.insert(1, '_');
+    }
+    format!("{tag}{text}{tag}")
 }
 
 #[cfg(test)]

@@ -169,6 +169,60 @@ impl PostgresStorage {
         &self.inner.sql.create_table
     }
 
+    /// Creates what makes tables refuse writes under an older version of their lock: functions `storage_lock_use_version` and
+    /// `storage_lock_check_version`, and table `storage_lock_versions`, where they remember the greatest version of each lock
+    /// that they have seen. All of it is in the storage's schema, and needs nothing else: for data in another database
+    /// run [`version_check_ddl`](Self::version_check_ddl) there. The lock itself doesn't use it.
+    ///
+    /// A trigger names the lock of its table:
+    ///
+    /// ```sql
+    /// CREATE TRIGGER check_version BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON accounts
+    ///     FOR EACH STATEMENT EXECUTE FUNCTION public.storage_lock_check_version('transfers');
+    /// ```
+    ///
+    /// Then each transaction that writes to it has to say first under which version, that is with
+    /// [`version`](crate::LockGuard::version) of the guard, it does so. For tables of several locks it says so for each:
+    ///
+    /// ```sql
+    /// BEGIN;
+    /// SELECT public.storage_lock_use_version('transfers', 42);
+    /// UPDATE accounts SET balance = balance - 10 WHERE id = 7;
+    /// COMMIT;
+    /// ```
+    ///
+    /// A version that is smaller than the greatest that was seen is an error with SQLSTATE `SL001`, a write that doesn't say
+    /// its version one with `SL002`. Once a transaction under a version is committed, none under an older one is, whatever
+    /// rows it wrote and whatever the isolation level.
+    ///
+    /// The call waits for the end of open transactions under other versions; those under one version don't wait for each other
+    /// (so old ones that overlap without a pause keep a newer one waiting: set `lock_timeout` where that must end). What is
+    /// read after it, older holders change no more until the commit; what was read before it, they may have changed. So
+    /// call it *before* reading, in a statement of its own. In REPEATABLE READ and SERIALIZABLE a transaction reads what
+    /// there was before that wait: there, call it once in a transaction of its own too, after taking the lock.
+    ///
+    /// Not checked are: writes that name a partition, if only the partitioned table has the trigger; logical replication and
+    /// `session_replication_role = replica`; changes of the table itself. Locks of two tables in one schema are told
+    /// apart by their ids alone. If versions begin anew, because the lock's table was, delete its row in `storage_lock_versions`.
+    ///
+    /// May be called again, also by several processes at once, and replaces the functions. Blocks for at most the connect
+    /// timeout and 5 s.
+    ///
+    /// A role that calls this needs `CREATE` on the schema, and has to own what is there already. One that writes needs
+    /// `USAGE` on the schema, and `SELECT`, `INSERT` and `UPDATE` on `storage_lock_versions`.
+    ///
+    /// # Errors
+    /// [`Error::Connect`], [`Error::Timeout`], [`Error::Database`], also if there is another table of that name.
+    pub fn create_version_check(&self) -> Result<()> {
+        let describe = format!("create the version check in schema {:?}", self.inner.schema);
+        self.read(describe, |session, sql| session.create_version_check(sql))
+    }
+
+    /// The statements that [create the version check](Self::create_version_check), for a migration or another database.
+    pub fn version_check_ddl(&self) -> &str {
+        &self.inner.sql.version_check
+    }
+
     fn read<T: Send + 'static>(
         &self,
         describe: String,

@@ -308,6 +308,10 @@ impl Session {
         Ok(false)
     }
 
+    pub(crate) fn create_version_check(&mut self, _: &Sql) -> Result<(), Fault> {
+        Ok(())
+    }
+
     pub(crate) fn get(&mut self, _: &Sql, _: &str) -> Result<Option<LockInformation>, Fault> {
         Ok(None)
     }

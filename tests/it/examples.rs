@@ -70,6 +70,21 @@ fn a_cron_job_does_its_job_or_says_who_does_and_is_content() {
 }
 
 #[test]
+fn an_object_elsewhere_refuses_a_late_writer() {
+    with_database(|dsn| {
+        let output = example("object_store", &[], dsn);
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(
+            text(&output),
+            "worker-2: written as version 2\n\
+             worker-1: version 1 is too old: 2 has been seen\n\
+             worker-2: written as version 2\n\
+             there is: Some(\"second report\")\n"
+        );
+    });
+}
+
+#[test]
 fn an_error_is_told_with_its_whole_chain() {
     let output = example("cron_job", &[], &dsn().replace("password=", "password=wrong"));
     let text = text(&output);

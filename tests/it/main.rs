@@ -32,4 +32,5 @@ mod servers;
 mod settings;
 mod table;
 mod tidy;
+mod trigger;
 mod waiting;
