@@ -135,7 +135,7 @@ impl LockGuard {
     /// is rolled back, the lock is still held.
     ///
     /// After `Ok` it is fenced as by [`fence`](Self::fence). From then on [`is_held`](Self::is_held) is false, because the transaction may
-    /// be committed at any time. After a rollback it is true again as soon as a refresh has found the hold, which is sent at once. After the
+    /// be committed at any time. After a rollback it is true again as soon as a refresh has found the hold, which is sent after 50 ms. After the
     /// commit, drop the guard. One that is dropped without a commit releases the lock, as ever.
     ///
     /// Keep the rest of the transaction short: the hold can't be refreshed until it ends. At `REPEATABLE READ` and `SERIALIZABLE` it fails with
@@ -159,8 +159,6 @@ impl LockGuard {
             return Err(self.why_not(result.err()));
         }
         self.hold.set_unlocking(Unlocking::Since(Instant::now()));
-        // It waits in the server until the transaction ends, and finds out how.
-        self.storage.send_refresh(&self.hold, 0, Instant::now() + self.hold.attempt_time());
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::follow_up::Unfinished;
-use crate::hold::{Hold, Unlocking};
+use crate::hold::{Hold, SETTLING_TIME, Unlocking};
 use crate::loss::LostSignal;
 use crate::storage::PostgresStorage;
 use crate::sync::Instant;
@@ -97,7 +97,8 @@ impl LockGuard {
             // The transaction may be open still. Whatever becomes of it, the hold is over, in a moment.
             self.storage.lines().lose_hold(hold);
             if unlocking != Unlocking::Done {
-                self.storage.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), Instant::now()));
+                let then = Instant::now() + SETTLING_TIME;
+                self.storage.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), then));
             }
             self.tell_release();
             return Ok(());

@@ -43,6 +43,10 @@ pub(crate) struct HoldState {
     pub(crate) unlocking: Unlocking,
 }
 
+/// When to look what became of a transaction that releases a hold. Who looks earlier waits for it in the server, and is in the way of
+/// whoever takes the lock just after it.
+pub(crate) const SETTLING_TIME: Duration = Duration::from_millis(50);
+
 /// Whether a transaction of the caller's releases the hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unlocking {
@@ -124,11 +128,6 @@ impl Hold {
     /// Whether its deadline is yet to come, also where a transaction of the caller's releases it.
     pub(crate) fn is_before_deadline(&self) -> bool {
         self.state().term.is_held(Instant::now())
-    }
-
-    /// How long a refresh that is sent now may take.
-    pub(crate) fn attempt_time(&self) -> Duration {
-        self.state().term.attempt_time(Instant::now())
     }
 
     /// Adds a guard, if the same owner asks on the same thread and the hold is good.

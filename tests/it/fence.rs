@@ -17,16 +17,16 @@ pub const LEVELS: [IsolationLevel; 3] =
     [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable];
 
 /// A table with one number, beside the locks.
-fn with_number(table: &Table) {
+pub fn with_number(table: &Table) {
     table.execute("CREATE TABLE $T_number (n bigint)");
     table.execute("INSERT INTO $T_number VALUES (0)");
 }
 
-fn number(table: &Table) -> i64 {
+pub fn number(table: &Table) -> i64 {
     table.client().query_one(&format!("SELECT n FROM {}_number", table.name), &[]).unwrap().get(0)
 }
 
-fn without_number(table: Table) {
+pub fn without_number(table: Table) {
     table.execute("DROP TABLE $T_number");
 }
 

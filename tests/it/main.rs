@@ -32,5 +32,7 @@ mod servers;
 mod settings;
 mod table;
 mod tidy;
+mod told;
 mod trigger;
+mod unlock_in;
 mod waiting;

@@ -23,6 +23,8 @@ fn child_process() {
         ("count", [target, seed]) => count(&table, target.parse().unwrap(), seed.parse().unwrap()),
         ("write", [lock_id, level, moment]) => write(&table, lock_id, level, moment),
         ("open", []) => open(&table),
+        ("poll", []) => poll(&table),
+        ("lose locks", []) => lose_locks(&table),
         ("healthy run", []) => healthy_run(&table),
         ("threads", []) => threads(&table),
         ("slow logger", []) => slow_logger(&table),
@@ -141,6 +143,38 @@ fn open(table: &Table) {
         Ok(_) => say("opened"),
         Err(error) => say(chain(&error)),
     }
+}
+
+/// Looks at a signal all the time.
+fn poll(table: &Table) {
+    let guard = table.short_lock("l", ms(1_000), ms(300)).lock("worker-1").expect("lock");
+    let lost = guard.lost();
+    say("polling");
+    // Stopped and woken, the first look is the one that tells.
+    let mut before = Instant::now();
+    loop {
+        let (now, is_lost) = (Instant::now(), lost.is_lost());
+        if now - before > ms(500) || is_lost {
+            say(if is_lost { "lost" } else { "held" });
+            return;
+        }
+        before = now;
+        thread::sleep(ms(1));
+    }
+}
+
+/// Loses a lock that it hears of, one that it doesn't before the drop, and one that it unlocks; with all logs on standard error.
+fn lose_locks(table: &Table) {
+    env_logger::Builder::new().filter_module("storage_lock", log::LevelFilter::Trace).init();
+    let storage = table.storage();
+    let noticed = short_lock(&storage, "noticed", ms(1_000), ms(50)).lock("worker").expect("lock");
+    let unnoticed = short_lock(&storage, "unnoticed", ms(90_000), ms(30_000)).lock("worker").expect("lock");
+    let unlocked = short_lock(&storage, "unlocked", ms(90_000), ms(30_000)).lock("worker").expect("lock");
+    table.execute("UPDATE $T SET version = version + 1");
+    eventually("it is lost", || !noticed.is_held());
+    drop(noticed);
+    drop(unnoticed);
+    assert!(unlocked.unlock().expect_err("lost").is_lease_lost());
 }
 
 /// Everything that goes well, with all logs on standard error.

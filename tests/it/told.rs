@@ -1,0 +1,223 @@
+//! A loss is told: early, once, and to whoever wants to hear of it.
+
+use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use storage_lock::{LockGuard, LockOptions, LostSignal, PostgresStorage, StorageLock};
+
+use crate::support::child::Process;
+use crate::support::proxy::Proxy;
+use crate::support::server::Server;
+use crate::support::{Table, dsn, eventually, is_refreshed, ms, takes_at_most, waiting_thread};
+
+/// What a callback saw.
+#[derive(Debug)]
+struct Told {
+    at: Instant,
+    thread: Option<String>,
+    signal: LostSignal,
+    is_lost: bool,
+}
+
+/// A lock that sends what its callback sees.
+fn lock_that_tells(storage: &PostgresStorage, lease: Duration, refresh: Duration) -> (StorageLock, Receiver<Told>) {
+    let (sender, told) = channel();
+    let sender = Mutex::new(sender);
+    let options =
+        LockOptions::new("l").lease_expire_after(lease).lease_refresh_interval(refresh).on_lost(move |signal| {
+            let (at, is_lost) = (Instant::now(), signal.is_lost());
+            let thread = thread::current().name().map(str::to_owned);
+            sender.lock().unwrap().send(Told { at, thread, signal: signal.clone(), is_lost }).ok();
+        });
+    (StorageLock::with_options(storage, options).unwrap(), told)
+}
+
+/// Watches a hold until it is lost, and returns its last deadline.
+fn last_deadline(guard: &LockGuard) -> Instant {
+    let mut last = Instant::now();
+    eventually("the hold is lost", || {
+        // Before: what remains was true then at the latest.
+        let before = Instant::now();
+        let remaining = guard.remaining();
+        if guard.is_held() {
+            last = before + remaining;
+        }
+        !guard.is_held()
+    });
+    last
+}
+
+/// When the lease ends, by the server's clock, as an instant of ours that it doesn't end before.
+fn end_of_lease(table: &Table) -> Instant {
+    let before = Instant::now();
+    let sql =
+        format!("SELECT (extract(epoch FROM lease_expire_time - clock_timestamp()) * 1e6)::bigint FROM {}", table.name);
+    let micros: i64 = table.client().query_one(&sql, &[]).unwrap().get(0);
+    let left = Duration::from_micros(micros.unsigned_abs());
+    if micros < 0 { before.checked_sub(left).unwrap() } else { before + left }
+}
+
+#[track_caller]
+fn was_told_in_time(told: &Receiver<Told>, deadline: Instant) -> Told {
+    let told = told.recv_timeout(Duration::from_secs(5)).expect("told");
+    assert!(told.at <= deadline, "told {:?} after the deadline", told.at - deadline);
+    assert!(deadline - told.at < ms(500), "told {:?} before the deadline", deadline - told.at);
+    assert!(told.is_lost);
+    assert_eq!(told.thread.as_deref(), Some("lock-refresh"), "a thread of the library's");
+    told
+}
+
+#[test]
+fn a_loss_is_told_by_the_deadline_while_the_network_swallows_packets() {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let (lock, told) = lock_that_tells(&Table::of(&proxy.dsn, &table.name).storage(), ms(3_000), ms(200));
+    let guard = lock.lock("worker-1").unwrap();
+    is_refreshed(&guard);
+    proxy.swallow();
+    let deadline = last_deadline(&guard);
+    let told_at = was_told_in_time(&told, deadline).at;
+    // Before anybody else could have owned the lock.
+    assert!(told_at < end_of_lease(&table));
+    assert!(guard.unlock().unwrap_err().is_lease_lost());
+    assert!(told.recv_timeout(ms(500)).is_err(), "told twice");
+}
+
+#[test]
+fn a_loss_is_told_by_the_deadline_while_the_server_is_frozen() {
+    let mut server = Server::start();
+    let table = Table::on(&server.dsn);
+    let (lock, told) = lock_that_tells(&table.storage(), ms(3_000), ms(200));
+    let guard = lock.lock("worker-1").unwrap();
+    is_refreshed(&guard);
+    server.freeze();
+    let deadline = last_deadline(&guard);
+    let told = was_told_in_time(&told, deadline);
+    assert_eq!((told.signal.lock_id(), told.signal.owner_id(), told.signal.version()), ("l", "worker-1", 1));
+    server.thaw();
+    assert!(told.at < end_of_lease(&table));
+    drop(guard);
+}
+
+#[test]
+fn a_loss_that_the_database_tells_of_is_told_at_once() {
+    let table = Table::new();
+    let (lock, told) = lock_that_tells(&table.storage(), ms(10_000), ms(50));
+    let guard = lock.lock("worker-1").unwrap();
+    table.execute("DELETE FROM $T");
+    let told = told.recv_timeout(ms(3_000)).expect("told with the next refresh");
+    assert!(told.is_lost && !guard.is_held());
+}
+
+#[test]
+fn a_hold_that_is_given_back_is_not_told_of() {
+    let table = Table::new();
+    let (lock, told) = lock_that_tells(&table.storage(), ms(1_000), ms(50));
+    let guard = lock.lock("worker-1").unwrap();
+    is_refreshed(&guard);
+    let signal = guard.lost();
+    guard.unlock().unwrap();
+    drop(lock.lock("worker-1").unwrap());
+    let mut client = table.client();
+    let guard = lock.lock("worker-1").unwrap();
+    let mut transaction = client.transaction().unwrap();
+    guard.unlock_in(&mut transaction).unwrap();
+    transaction.commit().unwrap();
+    // Longer than its lease.
+    assert!(told.recv_timeout(ms(1_500)).is_err());
+    assert!(!signal.is_lost() && !guard.lost().is_lost());
+}
+
+#[test]
+fn a_callback_that_panics_harms_nothing() {
+    let table = Table::new();
+    let storage = table.storage();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&calls);
+    let options =
+        LockOptions::new("l").lease_expire_after(ms(1_000)).lease_refresh_interval(ms(50)).on_lost(move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            panic!("in the callback");
+        });
+    let lock = StorageLock::with_options(&storage, options).unwrap();
+    for round in 1..=3 {
+        let guard = lock.lock("worker-1").unwrap();
+        // Who waits in this process is woken all the same.
+        let waiter = {
+            let lock = lock.clone();
+            waiting_thread(move || lock.lock("waiter").unwrap().version())
+        };
+        table.execute("UPDATE $T SET version = version + 1000, released_at = clock_timestamp()");
+        eventually("the callback", || calls.load(Ordering::SeqCst) == round);
+        assert!(!guard.is_held());
+        takes_at_most(ms(5_000), "the next one", || waiter.join().unwrap());
+        assert!(guard.unlock().unwrap_err().is_lease_lost());
+    }
+}
+
+#[test]
+fn a_signal_is_polled_and_waited_for_and_outlives_its_guard() {
+    let table = Table::new();
+    let guard = table.short_lock("l", ms(5_000), ms(50)).lock("worker-1").unwrap();
+    let signal = guard.lost();
+    assert!(!signal.is_lost() && !signal.wait_for(Duration::ZERO));
+    let start = Instant::now();
+    assert!(!signal.wait_for(ms(200)), "held");
+    assert!(start.elapsed() >= ms(200));
+
+    // Waiting ends with the loss, however long it would have been.
+    let waiting = {
+        let signal = signal.clone();
+        waiting_thread(move || signal.wait_for(Duration::MAX))
+    };
+    table.execute("DELETE FROM $T");
+    assert!(takes_at_most(ms(3_000), "the wait", || waiting.join().unwrap()));
+    assert!(signal.is_lost() && signal.wait_for(Duration::MAX));
+    drop(guard);
+    assert!(signal.is_lost(), "for ever");
+
+    // And with a release, after which it can't be lost any more.
+    let guard = table.short_lock("m", ms(1_000), ms(50)).lock("worker-1").unwrap();
+    let signal = guard.lost();
+    let waiting = {
+        let signal = signal.clone();
+        waiting_thread(move || signal.wait_for(Duration::MAX))
+    };
+    guard.unlock().unwrap();
+    assert!(!takes_at_most(ms(3_000), "the wait", || waiting.join().unwrap()));
+    thread::sleep(ms(1_200));
+    assert!(!signal.is_lost(), "its lease would be over by now");
+}
+
+/// The signal needs no thread that tells it.
+#[test]
+fn a_signal_tells_of_the_deadline_also_to_a_process_that_was_stopped() {
+    let table = Table::new();
+    let mut holder = Process::start("poll", &table, &[]);
+    assert_eq!(holder.expect_line(), "polling");
+    holder.signal(nix::sys::signal::Signal::SIGSTOP);
+    let new = takes_at_most(ms(3_000), "the takeover", || table.lock("l").lock("worker-1").unwrap());
+    holder.signal(nix::sys::signal::Signal::SIGCONT);
+    assert_eq!(holder.expect_line(), "lost");
+    assert!(new.is_held());
+}
+
+#[test]
+fn a_guard_that_is_lost_and_then_dropped_logs_once() {
+    let table = Table::new();
+    let mut child = Process::start_with_stderr("lose locks", &table, &[], Stdio::piped());
+    let log = child.stderr();
+    assert!(child.wait().success(), "{log}");
+    for lock in ["noticed", "unnoticed", "unlocked"] {
+        let lines: Vec<&str> =
+            log.lines().filter(|line| line.contains("WARN") && line.contains(&format!("{lock:?}"))).collect();
+        // Who unlocks is told by the result.
+        let expected = usize::from(lock != "unlocked");
+        assert_eq!(lines.len(), expected, "{lock}: {lines:#?}");
+        assert!(lines.iter().all(|line| line.contains("lost the lease")), "{lines:?}");
+    }
+}
