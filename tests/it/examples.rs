@@ -85,6 +85,19 @@ fn an_object_elsewhere_refuses_a_late_writer() {
 }
 
 #[test]
+fn transfer_refuses_a_zombie_and_keeps_the_sum() {
+    with_database(|dsn| {
+        let output = example("transfer", &[], dsn);
+        let text = text(&output);
+        assert!(output.status.success(), "{text}");
+        assert!(text.contains("zombie: has the lock as version 1"), "{text}");
+        assert!(text.contains("as version 2"), "{text}");
+        assert!(text.contains("zombie: refused: lost the lease on lock \"accounts\""), "{text}");
+        assert!(text.contains("alice: 30") && text.contains("bob: 70"), "{text}");
+    });
+}
+
+#[test]
 fn an_error_is_told_with_its_whole_chain() {
     let output = example("cron_job", &[], &dsn().replace("password=", "password=wrong"));
     let text = text(&output);

@@ -133,6 +133,37 @@ fn a_fence_knows_its_hold_from_another_one_of_the_same_version() {
     assert!(is_lost(guard.unlock_in(&mut client.transaction().unwrap())));
 }
 
+/// A restore brings older rows back, of the locks and of the data, while a holder from after the backup goes on.
+#[test]
+fn after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_of_it() {
+    let table = Table::new();
+    with_number(&table);
+    let (ours, theirs) = (table.short_lock("l", ms(5_000), ms(1_000)), table.lock("l"));
+    drop(ours.lock("worker-1").unwrap());
+    table.execute("CREATE TABLE $T_backup AS TABLE $T");
+    let (old, mut client) = (ours.lock("worker-1").unwrap(), table.client());
+    let write = |guard: &LockGuard, client: &mut Client| {
+        guard.transaction(client, |transaction| Ok::<_, Fault>(set(transaction, &table, guard.version())?))
+    };
+    write(&old, &mut client).unwrap();
+    let restore = "BEGIN; DELETE FROM $T; INSERT INTO $T TABLE $T_backup; UPDATE $T_number SET n = 0; COMMIT";
+    client.batch_execute(&restore.replace("$T", &table.name)).unwrap();
+
+    let new = theirs.try_lock("worker-1").unwrap().expect("the lock is free");
+    assert_eq!((old.version(), new.version()), (2, 2), "a version comes twice");
+    assert!(matches!(write(&old, &mut client), Err(Fault::Lock(error)) if error.is_lease_lost()));
+    assert_eq!(
+        number(&table),
+        0,
+        "what was written under the lost hold is lost with it, and nothing is written any more"
+    );
+    write(&new, &mut client).unwrap();
+    eventually("the first one hears of it", || !old.is_held());
+    assert!(new.is_held());
+    table.execute("DROP TABLE $T_backup");
+    without_number(table);
+}
+
 #[test]
 fn refreshes_go_on_under_a_fence_that_is_open_for_longer_than_the_lease() {
     for level in LEVELS {
