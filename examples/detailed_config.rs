@@ -18,14 +18,16 @@ fn run() -> Result<(), Box<dyn Error>> {
             .schema("public")
             .table_name("storage_lock_table")
             .create_table(true)
-            .max_connections(4),
+            .max_connections(4)
+            .on_event(|event| println!("event: {event:?}")),
     )?;
     let lock = StorageLock::with_options(
         &storage,
         LockOptions::new("must-serial-operation-resource-foo")
             .lease_expire_after(Duration::from_secs(30))
             .lease_refresh_interval(Duration::from_secs(5))
-            .version_miss_retry_times(3),
+            .version_miss_retry_times(3)
+            .on_lost(|lost| eprintln!("{} lost {}: stop what it does", lost.owner_id(), lost.lock_id())),
     )?;
 
     let guard = lock.lock("worker-1")?;

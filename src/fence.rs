@@ -34,7 +34,8 @@ impl LockGuard {
     /// After `Ok`, nobody can acquire the lock before the transaction ends, whatever happens to this process, this guard and its lease; refreshes
     /// go on. So what it reads and writes, before and after the fence, happens before anything that a later owner does under the lock. A
     /// transaction may be fenced at any time between its begin and its commit. The earlier, the sooner it knows, and
-    /// the longer a takeover has to wait: [`transaction`](Self::transaction) does so last.
+    /// the longer a takeover has to wait: [`transaction`](Self::transaction) does so last. A process that is stopped in a fenced transaction keeps
+    /// the lock until the server ends its session: set `idle_in_transaction_session_timeout`.
     ///
     /// The transaction can be on any connection to the database that keeps the lock, at any isolation level (at `REPEATABLE READ` and
     /// `SERIALIZABLE` it has to begin after the lock was acquired), but not be read-only; its role needs `SELECT` and `UPDATE` on the table. A

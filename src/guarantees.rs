@@ -1,4 +1,35 @@
-//! What may fail, and what holds then.
+//! What this lock guarantees: what holds always, what holds while clocks and the database behave, what only the fence gives, and what
+//! nothing gives.
+//!
+//! Each sentence that promises something names the test that shows it.
+//!
+//! # In short
+//!
+//! - A hold has a *lease*. Whoever holds a lock and stops to refresh it, because it died, hangs, or can't reach the database, loses it.
+//! - The holder knows: [`is_held`](crate::LockGuard::is_held) turns false, and [`on_lost`](crate::LockOptions::on_lost) is called, before
+//!   anybody else can have the lock. But it may be stopped between looking and acting, and then acts late.
+//! - A late write to the same database is refused by a [`fence`](crate::LockGuard::fence). A late write elsewhere is refused if
+//!   the place compares [`version`](crate::LockGuard::version)s. Nothing else refuses it.
+//!
+//! # Which to use when
+//!
+//! Ask what happens if two do the work at once, for once.
+//!
+//! - *It is a waste* (a report is sent twice, a cache is filled twice): the lock is there for **efficiency**. The guard is enough; look at
+//!   `is_held` between the steps of a long job.
+//! - *It is wrong* (money moves twice, an older state replaces a newer one): the lock is there for **correctness**. Then every write has to be
+//!   fenced:
+//!
+//! | what is written to | how |
+//! | --- | --- |
+//! | the database that keeps the lock | [`LockGuard::transaction`](crate::LockGuard::transaction), or [`fence`](crate::LockGuard::fence) in a transaction of yours (example `transfer`) |
+//! | the same, by another driver | [`fence_statement`](crate::LockGuard::fence_statement) |
+//! | the same, and the lock is to be free from that moment on | [`unlock_in`](crate::LockGuard::unlock_in) |
+//! | another PostgreSQL database | its tables refuse an older version by a trigger: [`version_check_ddl`](crate::PostgresStorage::version_check_ddl) |
+//! | an object store, or anything that writes on a condition | refuse a version that is smaller than the one that is there (example `object_store`) |
+//! | anything else: a mail, a payment, a device | nothing helps but to make it harmless when it happens twice |
+//!
+//! The distinction is Martin Kleppmann's, in "How to do distributed locking" (2016); so is the term *fencing token* for such a version.
 //!
 //! # The failure model
 //!
@@ -8,47 +39,86 @@
 //! - a connection breaks, is slow, or swallows what is sent in one or both directions; a request or an answer comes late, or is lost;
 //! - the server crashes, restarts, freezes, ends any session, lets nobody in; somebody's transaction keeps old rows or locks ours.
 //!
-//! Four things are assumed. What is said below holds as long as they do:
+//! # What holds always
+//!
+//! Whatever of that happens, and whatever any clock says:
+//!
+//! - **What is committed under a fence is committed while the lock is nobody else's**, and before anything that a later owner does in the database
+//!   (test `nobody_acquires_the_lock_before_a_fenced_transaction_ends`, test
+//!   `of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions`).
+//! - **The version tells the order.** It grows with every hold, and belongs to one hold (test `the_version_grows_with_every_hold`), as long as
+//!   the database keeps what it has committed.
+//! - **A guard touches its own hold only** (test `a_hold_that_was_taken_over_is_lost_and_touches_its_successor_no_more`).
+//! - **Every call comes back** in the time that its documentation says (test `with_all_packets_swallowed_every_call_comes_back`), and nothing
+//!   panics in the caller's thread (test `called_from_a_thread_of_an_async_runtime_it_blocks_and_does_not_panic`).
+//!
+//! # What holds while clocks and the database behave
+//!
+//! Four things are assumed here:
 //!
 //! - the database keeps what it has committed (no `fsync = off`, no restore, no failover that loses commits);
 //! - its clock doesn't jump, and within a lease parts from ours by less than the safety margin (see [the crate](crate#how-the-lease-works));
 //! - the machine of a holder isn't suspended (on Linux, `Instant` stands still meanwhile);
 //! - nobody else writes to the table.
 //!
-//! # What holds, whatever fails
+//! Then:
 //!
 //! - **One owner.** No hold is trusted ([`is_held`](crate::LockGuard::is_held)) while, or after, a newer one of its lock is.
-//! - **The version tells the order.** [`version`](crate::LockGuard::version) grows with every hold, and belongs to one hold.
+//! - **A loss is told in time.** `is_held` is false, [`on_lost`](crate::LockOptions::on_lost) is called, and [`lost`](crate::LockGuard::lost) wakes who
+//!   waits for it, before anybody else can own the lock (test `a_loss_is_told_by_the_deadline_while_the_network_swallows_packets`, test
+//!   `a_loss_is_told_by_the_deadline_while_the_server_is_frozen`).
 //! - **Everybody goes on.** When the faults are over, whoever waits gets the lock, within the lease of whoever died holding it. Nothing is left over: no
 //!   hold, connection, thread or place in a row.
-//! - **Every call comes back** in the time that its documentation says; and nothing panics.
 //! - **Nothing is lost for nothing.** A hold whose refreshes get through is not lost, and a lock that nobody wants is not refused.
 //!
 //! Test `whatever_is_hurt_the_verdict_holds` hurts worker processes, their network and their server in all of these ways, drawn from a seed,
-//! records what every thread saw, and has it judged by rules that know nothing of how the lock is made. `scripts/planted-bugs.sh`
-//! breaks the lock on purpose in fifteen ways, each of which these rules find.
+//! records what every thread saw, and has it judged by rules that know nothing of how the lock is made. Its workers write through fences, and no
+//! write of an older hold may ever be committed after one of a newer. `scripts/planted-bugs.sh` breaks the lock on purpose in many ways, each
+//! of which these rules find.
 //!
-//! # What if …
+//! # What only the fence gives
+//!
+//! - **A late write is refused**, however late it is, and whether or not its writer knows that it is late (test
+//!   `the_commit_of_a_zombie_is_refused_at_every_isolation_level`).
+//! - **What was read is still true at the commit**: a transaction that is fenced last has seen nothing that a later owner could have changed before (test
+//!   `of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions`).
+//! - **The next owner waits** for a transaction that was fenced already, also when its holder is stopped, its lease is over, or its guard was
+//!   dropped (test `who_would_take_over_from_a_zombie_with_a_fence_waits_until_it_ends`, test
+//!   `a_transaction_that_was_fenced_before_its_guard_was_dropped_commits_before_anybody_has_the_lock`). So fence late, and let the server end
+//!   sessions that stop in a transaction (`idle_in_transaction_session_timeout`): else a stopped process keeps the lock for as long as it is stopped.
+//! - **Holds of one version are told apart**, where commits were lost (test
+//!   `after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_of_it`).
+//!
+//! The check by version, for data elsewhere, gives the first of these from the moment at which the place has seen the newer version, and not before (test
+//! `of_1_000_interleaved_writers_none_commits_after_a_newer_one`, test `a_holder_that_lost_its_lock_cannot_write_after_its_successor_has`).
+//!
+//! # What nothing gives
+//!
+//! - That a holder *acts* only while it holds. It can be stopped between looking and acting, for as long as one likes.
+//! - That what is outside of the fenced transaction, and not compared by version, is done by one at a time.
+//! - One owner across lost commits, a jump of the database's clock, or a suspend of the holder's machine. Fences hold across the last two: they look
+//!   at no clock.
+//!
+//! # What happens when …
 //!
 //! | | then | shown by |
 //! | --- | --- | --- |
-//! | a holder is killed | the lock is free when its lease has run out, and taken within half a second by who waits | test `a_killed_holders_lock_is_free_a_second_after_its_lease_at_the_latest`, test `a_dead_holders_lock_is_taken_within_half_a_second_of_its_expiry` |
-//! | a holder is stopped, or its machine is slow, for longer than its lease | somebody else may have the lock; the first thing that it sees when it looks is that it doesn't. What it does without looking is done all the same | test `a_holder_stopped_for_longer_than_its_lease_knows_when_it_wakes` |
-//! | a holder panics | the guard releases | test `a_panic_releases_the_lock` |
+//! | a holder crashes or is killed | the lock is free when its lease has run out, and taken within half a second by who waits. A transaction of it that wasn't committed is rolled back | test `a_killed_holders_lock_is_free_a_second_after_its_lease_at_the_latest`, test `a_dead_holders_lock_is_taken_within_half_a_second_of_its_expiry` |
+//! | a holder is paused (stopped, swapped out, in a long garbage collection) for longer than its lease | somebody else may have the lock; the first thing that it sees when it looks is that it doesn't. What it does without looking is done all the same, unless it is fenced | test `a_holder_stopped_for_longer_than_its_lease_knows_when_it_wakes`, test `the_commit_of_a_zombie_is_refused_at_every_isolation_level` |
+//! | the same, and nobody else took the lock | a fence refuses by default, because the lease is over, and does not on request | test `a_hold_past_its_deadline_is_refused_and_can_be_fenced_on_request_until_it_is_taken_over` |
+//! | a holder panics | the guard releases, and a transaction is rolled back | test `a_panic_releases_the_lock`, test `a_transaction_commits_what_was_done_under_the_lock_and_nothing_else` |
 //! | the network is slow | trust counts from the request: a late answer extends nothing | test `trust_counts_from_the_request_however_slow_the_answer` |
 //! | the network swallows packets, or the server freezes | the hold is lost at its deadline, before its lease ends; calls come back | test `with_all_packets_swallowed_every_call_comes_back`, test `with_every_process_of_the_server_stopped_every_call_comes_back` |
-//! | an answer is lost | an acquire recognises its own hold, a release is not taken for a lost lease | test `an_acquire_whose_answer_was_lost_recognises_its_own_hold`, test `a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease` |
+//! | an answer is lost | an acquire recognises its own hold, a release is not taken for a lost lease; of the commit of a fenced transaction it isn't known whether it happened, only that it did so in time, if it did | test `an_acquire_whose_answer_was_lost_recognises_its_own_hold`, test `a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease`, test `of_a_commit_without_an_answer_it_is_only_known_that_it_came_in_time_if_it_did` |
 //! | a caller gives up, and what it asked for happens later | it is undone | test `a_waiter_that_gave_up_leaves_no_lock_behind`, test `an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind` |
-//! | the server restarts or crashes | a hold survives if that is over before its lease is. A *release* of the last 0.6 s may be undone: then the lease has to run out | test `a_hold_survives_a_restart_and_a_crash_of_the_server`, test `granted_leases_are_durable_whatever_the_roles_default_is_and_releases_need_not_be` |
-//! | somebody's transaction locks the row | it is busy, and not waited for in the server; refreshes wait, and the hold may be lost | test `a_locked_row_is_busy_and_not_waited_for`, test `a_wait_behind_a_row_lock_ends_in_time_and_the_refresh_comes_through_afterwards` |
-//! | the primary dies, and its synchronous standby is promoted | as a crash | test `the_primary_dies_under_load_and_the_verdict_holds`, test `a_hold_outlives_its_primary` |
-//! | commits are lost: an asynchronous standby, a restore from a backup | two may own the lock for a while, and **a version may come twice**: see below | test `a_hold_that_the_standby_had_not_got_is_lost_with_the_primary` |
-//!
-//! # What nothing here gives
-//!
-//! That a holder *acts* only while it holds. It can be paused between looking and writing, for as long as one likes: the harness above
-//! counts such writes, and finds some. Where that must not happen, let what is written carry the version, and refuse one that is smaller
-//! than the greatest that was seen.
+//! | the server restarts or crashes | a hold survives if that is over before its lease is. Open transactions are rolled back, fences with them. A *release* of the last 0.6 s may be undone: then the lease has to run out | test `a_hold_survives_a_restart_and_a_crash_of_the_server`, test `granted_leases_are_durable_whatever_the_roles_default_is_and_releases_need_not_be` |
+//! | a transaction is fenced for longer than the lease | refreshes go on, and the hold with them; who waits is busy, not stuck in the server | test `refreshes_go_on_under_a_fence_that_is_open_for_longer_than_the_lease`, test `who_waits_behind_a_fenced_transaction_does_not_hang_in_the_server_and_gives_up_in_time` |
+//! | somebody's transaction locks the row by hand | it is busy, and not waited for in the server; refreshes wait, and the hold may be lost | test `a_locked_row_is_busy_and_not_waited_for`, test `a_wait_behind_a_row_lock_ends_in_time_and_the_refresh_comes_through_afterwards` |
+//! | somebody deletes the row | the hold is lost, and fences refuse | test `a_row_that_was_purged_is_a_lost_lease` |
+//! | failover: the primary dies, and its synchronous standby is promoted | as a crash | test `the_primary_dies_under_load_and_the_verdict_holds`, test `a_hold_outlives_its_primary` |
+//! | failover that loses commits: an asynchronous standby | two may own the lock for a while, and **a version may come twice**. Fences tell them apart: see below | test `a_hold_that_the_standby_had_not_got_is_lost_with_the_primary` |
+//! | a restore from a backup | the same. Data in the same database goes back together with the lock, and no fence of a hold from after the backup holds any more | test `after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_of_it` |
+//! | the database's clock jumps | forward, leases end early, and two may own a lock; backward, late. Fences don't mind | test `nobody_acquires_the_lock_before_a_fenced_transaction_ends` |
 //!
 //! # A primary and a standby
 //!
@@ -88,8 +158,8 @@
 //! - *Guaranteed: it hears of it* by that refresh, and touches its successor's row no more: a hold is lock, version and lease id.
 //! - *A version may come twice*: the next holder gets the lost one again. Data elsewhere that only compares numbers takes a late write of the
 //!   first holder for one of the second.
-//! - *Data in the same database* goes back together with the lock: what was written under the lost hold is lost with it. A check of the hold
-//!   in the same transaction must compare its `lease_id`, and not the version alone.
+//! - *Data in the same database* goes back together with the lock: what was written under the lost hold is lost with it. A fence compares the
+//!   `lease_id`, and not the version alone, so that the first holder's transactions are refused.
 //!
 //! What to do, before clients are let in again, and with the old primary dead for certain; with the longest lease that any client uses instead
 //! of the 30 s:

@@ -1,8 +1,9 @@
 //! A blocking, thread-based distributed lock, kept in a PostgreSQL table.
 //!
-//! It is *not* a mutex that makes late writes impossible: no lock with a lease is. A holder that is paused for longer than its
-//! lease may go on in the belief that it still holds. Where that matters, let what is written carry
-//! [`LockGuard::version`], and refuse an older one.
+//! It is *not* a mutex that makes late writes impossible by itself: no lock with a lease is. A holder that is paused for longer than its
+//! lease may go on in the belief that it still holds. Where that matters, write to the same database in a
+//! [`LockGuard::transaction`], which is committed only if the lock is still held; let what is written elsewhere carry
+//! [`LockGuard::version`], and refuse an older one. [`guarantees`] says what holds when, and which to use.
 //!
 //! # Quick start
 //!
@@ -27,6 +28,9 @@
 //! - [`LockGuard`]: the hold. Releases on drop, or by [`unlock`](LockGuard::unlock), which says what came of it.
 //! - [`PostgresStorage`]: the table on its server, shared by any number of locks, with [`PostgresStorageOptions`];
 //!   [`LockOptions`] for a lock of its own settings; [`LockInformation`] to look at locks without taking them.
+//! - [`LockGuard::transaction`], [`fence`](LockGuard::fence) and [`unlock_in`](LockGuard::unlock_in): what you write in the same database, and the
+//!   release, committed only if the lock is still held; [`FenceStatement`] for other drivers.
+//! - [`LostSignal`]: whether a hold is lost, to look at and to wait for; [`LockOptions::on_lost`] is called. [`Event`]s are for counting.
 //! - [`Error`]: everything that can go wrong.
 //!
 //! # How the lease works
@@ -44,7 +48,7 @@
 //!
 //! The lease began after the request was sent, so the deadline comes first, however slow the answer was, and nobody else can have
 //! the lock before it. [`LockGuard::is_held`] compares it with the clock and does nothing else. A hold whose deadline has
-//! passed is lost for good. Refreshes that fail are repeated until then, each on another connection if one is stuck.
+//! passed is lost for good; a hundredth of the lease before it (at most 100 ms) the loss is told to whoever wants to hear of it. Refreshes that fail are repeated until then, each on another connection if one is stuck.
 //!
 //! # How waiting works
 //!
@@ -86,7 +90,7 @@
 //! | level | what |
 //! | --- | --- |
 //! | `error` | nothing |
-//! | `warn` | a hold was lost; a refresh failed and is repeated; a dropped guard could not release its lock; the connection that listens was lost (once, until it is back). Never in a healthy run |
+//! | `warn` | a hold was lost (once: also where its guard is dropped afterwards); a refresh failed and is repeated; a dropped guard could not release its lock; the connection that listens was lost (once, until it is back); a callback panicked. Never in a healthy run |
 //! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised; listening again |
 //! | `debug` | a lock was acquired, busy or released; a connection was opened; a wait goes on although the database is out of reach |
 //! | `trace` | a lease was refreshed |

@@ -11,7 +11,8 @@ use postgres::{Client, IsolationLevel, Transaction};
 use storage_lock::{Error, LockGuard};
 
 use crate::support::child::Process;
-use crate::support::{Table, eventually, is_refreshed, ms, takes_at_most, waits_for};
+use crate::support::proxy::Proxy;
+use crate::support::{Table, dsn, eventually, is_refreshed, ms, takes_at_most, waits_for};
 
 pub const LEVELS: [IsolationLevel; 3] =
     [IsolationLevel::ReadCommitted, IsolationLevel::RepeatableRead, IsolationLevel::Serializable];
@@ -283,6 +284,28 @@ fn a_transaction_commits_what_was_done_under_the_lock_and_nothing_else() {
     let lost = guard.transaction(&mut client, |transaction| Ok::<_, Fault>(set(transaction, &table, 5)?));
     assert!(matches!(lost, Err(Fault::Lock(error)) if error.is_lease_lost()));
     assert_eq!(number(&table), 1, "nothing is committed");
+    without_number(table);
+}
+
+#[test]
+fn of_a_commit_without_an_answer_it_is_only_known_that_it_came_in_time_if_it_did() {
+    let table = Table::new();
+    with_number(&table);
+    let proxy = Proxy::to(&dsn());
+    let (guard, theirs) = (table.lock("l").lock("worker-1").unwrap(), table.lock("l"));
+    let mut client = Table::of(&proxy.dsn, &table.name).client();
+    proxy.lose_answer_to(b"COMMIT");
+    let result = guard.transaction(&mut client, |transaction| Ok::<_, Fault>(set(transaction, &table, 1)?));
+    let code = |error: &Error| match error {
+        Error::Database { source, .. } => source.code().cloned(),
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(&result, Err(Fault::Lock(error)) if code(error).is_none()), "{result:?}");
+    // This one came.
+    eventually("the commit", || number(&table) == 1);
+    guard.unlock().unwrap();
+    drop(theirs.lock("worker-2").unwrap());
+    assert_eq!(number(&table), 1);
     without_number(table);
 }
 

@@ -64,6 +64,8 @@ fn a_row_that_was_purged_is_a_lost_lease() {
     let table = Table::new();
     let guard = table.short_lock("l", ms(1_000), ms(20)).lock("worker-1").unwrap();
     table.execute("DELETE FROM $T");
+    let mut client = table.client();
+    assert!(guard.fence_past_deadline(&mut client.transaction().unwrap()).unwrap_err().is_lease_lost());
     eventually("the hold is lost", || !guard.is_held());
     assert!(guard.unlock().unwrap_err().is_lease_lost());
 }
