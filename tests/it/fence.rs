@@ -1,7 +1,7 @@
 //! Writes that are committed only while the lock is held.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
@@ -513,66 +513,78 @@ fn who_would_take_over_from_a_zombie_with_a_fence_waits_until_it_ends() {
     }
 }
 
-/// Each of two takes the lock from the other again and again, while that one commits.
+/// Each of three takes the lock from the others again and again, at whatever moment of their transactions.
 #[test]
 fn of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions() {
     const ROUNDS: usize = 3_000;
     let table = Table::new();
-    with_number(&table);
     table.storage();
-    let (committed, refused, newest) = (AtomicI64::new(0), AtomicI64::new(0), AtomicI64::new(0));
+    // Writes are numbered in the order in which they are committed: the row is locked until then.
+    table.execute("CREATE TABLE $T_number (n bigint, writes bigint)");
+    table.execute("INSERT INTO $T_number VALUES (0, 0)");
+    table.execute("CREATE TABLE $T_written (position bigint, version bigint, seen bigint)");
+    let (committed, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
         for level in LEVELS {
-            let (table, committed, refused, newest) = (&table, &committed, &refused, &newest);
+            let (table, committed, refused) = (&table, &committed, &refused);
             scope.spawn(move || {
                 let (lock, mut client, mut ager) = (table.lock("l"), table.client(), table.client());
-                let expire = format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.name);
-                let write = format!("UPDATE {}_number SET n = $1", table.name);
-                for round in 0..ROUNDS / 3 {
-                    let guard: LockGuard = lock.lock("worker").unwrap();
+                let sql = |text: &str| text.replace("$T", &table.name);
+                let expire = ager.prepare(&sql("UPDATE $T SET lease_expire_time = clock_timestamp()")).unwrap();
+                let read = client.prepare(&sql("SELECT n FROM $T_number")).unwrap();
+                let write = client
+                    .prepare(&sql("WITH turn AS (UPDATE $T_number SET n = $1, writes = writes + 1 RETURNING writes)
+                                   INSERT INTO $T_written SELECT writes, $1, $2 FROM turn"))
+                    .unwrap();
+                for round in 0..ROUNDS / LEVELS.len() {
+                    let guard = loop {
+                        if let Some(guard) = lock.try_lock("worker").unwrap() {
+                            break guard;
+                        }
+                    };
                     // As if it had been stopped: from now on anybody may take over.
                     ager.execute(&expire, &[]).unwrap();
-                    let version = guard.version();
-                    // The write before the fence, or after it.
+                    // The fence before what is read and written, or after it.
                     let result = (|| -> Result<(), Fault> {
                         let mut transaction = begin(&mut client, level);
                         if round % 2 == 0 {
                             guard.fence(&mut transaction)?;
                         }
-                        let before: i64 =
-                            transaction.query_one(&format!("SELECT n FROM {}_number", table.name), &[])?.get(0);
-                        transaction.execute(&write, &[&version])?;
+                        let seen: i64 = transaction.query_one(&read, &[])?.get(0);
+                        transaction.execute(&write, &[&guard.version(), &seen])?;
                         if round % 2 == 1 {
                             guard.fence(&mut transaction)?;
                         }
-                        transaction.commit()?;
-                        assert!(before < version, "version {version} wrote after {before}");
-                        Ok(())
+                        Ok(transaction.commit()?)
                     })();
+                    let count = if result.is_ok() { committed } else { refused };
+                    count.fetch_add(1, Ordering::SeqCst);
                     match result {
-                        Ok(()) => {
-                            committed.fetch_add(1, Ordering::SeqCst);
-                            newest.fetch_max(version, Ordering::SeqCst);
-                        }
-                        Err(Fault::Lock(error)) => {
-                            assert!(error.is_lease_lost(), "{error:?}");
-                            refused.fetch_add(1, Ordering::SeqCst);
-                        }
-                        // The register was written by a newer hold, after this one's snapshot.
+                        Ok(()) => {}
+                        Err(Fault::Lock(error)) => assert!(error.is_lease_lost(), "{error:?}"),
+                        // A newer hold wrote after this one's snapshot.
                         Err(Fault::Postgres(error)) => {
                             assert_eq!(error.code(), Some(&SqlState::T_R_SERIALIZATION_FAILURE));
-                            refused.fetch_add(1, Ordering::SeqCst);
                         }
                         Err(Fault::Own(_)) => unreachable!(),
                     }
-                    drop(guard);
                 }
             });
         }
     });
     let (committed, refused) = (committed.into_inner(), refused.into_inner());
     println!("{committed} committed, {refused} refused");
-    assert_eq!(number(&table), newest.into_inner(), "the last hold in the order of the versions wrote last");
-    assert!(committed > 300 && refused > 50, "{committed} committed, {refused} refused: no race");
+    let sql = "SELECT version, seen FROM $T_written ORDER BY position".replace("$T", &table.name);
+    let written: Vec<(i64, i64)> =
+        table.client().query(&sql, &[]).unwrap().iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert_eq!(written.len(), committed);
+    let mut before = 0;
+    for (version, seen) in written {
+        assert!(version > before, "version {version} was committed after {before}");
+        assert_eq!(seen, before, "version {version} has seen what the hold before it wrote");
+        before = version;
+    }
+    assert!(committed > 300 && refused > 100, "{committed} committed, {refused} refused: no race");
+    table.execute("DROP TABLE $T_written");
     without_number(table);
 }
