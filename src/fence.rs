@@ -152,15 +152,15 @@ impl LockGuard {
             return Err(self.hold.lost());
         }
         let Some(before) = self.hold.begin_unlocking() else { return self.fence(transaction) };
-        let result = self.query(transaction, &self.storage.sql().unlock_in);
-        let is_released =
-            result.as_ref().is_ok_and(|rows| rows.first().is_some_and(|row| row.try_get(0).unwrap_or(false)));
-        if !is_released {
-            self.hold.set_unlocking(before);
-            return Err(self.why_not(result.err()));
-        }
-        self.hold.set_unlocking(Unlocking::Since(Instant::now()));
-        Ok(())
+        let rows = self.query(transaction, &self.storage.sql().unlock_in);
+        self.unlocked_in(before, rows.map(|rows| rows.first().is_some_and(|row| row.try_get(0).unwrap_or(false))))
+    }
+
+    /// A transaction has released the hold, or not; `before` is how it stood before it was asked to.
+    pub(crate) fn unlocked_in(&self, before: Unlocking, is_released: Result<bool, postgres::Error>) -> Result<()> {
+        let is_done = matches!(is_released, Ok(true));
+        self.hold.set_unlocking(if is_done { Unlocking::Since(Instant::now()) } else { before });
+        if is_done { Ok(()) } else { Err(self.why_not(is_released.err())) }
     }
 
     fn query(&self, transaction: &mut Transaction<'_>, sql: &str) -> Result<Vec<Row>, postgres::Error> {

@@ -42,13 +42,15 @@
 
 use std::env;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Schedule, Scheduler, Task, TaskId};
 use shuttle::{Config, FailurePersistence, Runner};
 use uuid::Uuid;
 
-use crate::session::{Weather, check, server, start_server};
+use crate::session::{Weather, check, end_transaction, release_in_transaction, server, start_server};
 use crate::sync::{CLOCK_TASK, Instant, Pace, live_threads, random, start_clock, stop_clock, thread};
 use crate::toy::Row;
 use crate::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
@@ -455,6 +457,64 @@ fn a_process_of_which_nobody_waits_any_more_stands_in_no_row() {
         assert_each_hold_was_ended_once();
         server(|server| assert!(server.row.as_ref().is_some_and(|row| row.waiters.is_empty()), "{:?}", server.row));
     });
+}
+
+/// A hold is released by a transaction that is committed or rolled back, early or late, while others wait; its guard is kept, or goes.
+fn released_in_a_transaction() {
+    let (here, there) = (process(), process());
+    let (losses, began) = (Arc::new(AtomicUsize::new(0)), Instant::now());
+    let counted = Arc::clone(&losses);
+    let options = LockOptions::new("l").lease_expire_after(LONG_LEASE).lease_refresh_interval(LONG_LEASE / 4).on_lost(
+        move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
+        },
+    );
+    let guard = StorageLock::with_options(&here, options).expect("a lock").lock("o").expect("the lock");
+    let waiters: Vec<_> = [&here, &there]
+        .into_iter()
+        .map(|storage| {
+            let lock = lock_of(storage, LONG_LEASE);
+            start(move || {
+                Counted::on(lock.lock("o").expect("the lock")).unlock().expect("held");
+                began.elapsed()
+            })
+        })
+        .collect();
+    thread::sleep([0, 1, 16, 1_000][random() as usize % 4] * MS);
+    // Some of them are rolled back before one is committed, or the guard released.
+    let commits = random().is_multiple_of(2);
+    for turn in (0..random() % 3).rev() {
+        let is_last = turn == 0;
+        let before = guard.hold.begin_unlocking().expect("one guard");
+        thread::sleep([0, 1][random() as usize % 2] * MS);
+        guard.unlocked_in(before, Ok(release_in_transaction(&guard.hold.claim))).expect("it is held");
+        assert!(!guard.is_held());
+        thread::sleep([0, 1, 49, 50, 200][random() as usize % 5] * MS);
+        end_transaction(&guard.hold.claim, commits && is_last);
+        if commits && is_last {
+            for _ in 0..random() % 3 {
+                assert!(!guard.is_held(), "held after the commit");
+                thread::sleep([0, 1, 50, 100][random() as usize % 4] * MS);
+            }
+        } else if random().is_multiple_of(2) {
+            thread::sleep(150 * MS);
+            assert!(guard.is_held(), "not held again after the rollback");
+        }
+    }
+    let signal = guard.lost();
+    guard.unlock().expect("no loss");
+    for waiter in waiters {
+        // Who isn't told asks once a second.
+        let waited = waiter.join().unwrap();
+        assert!(waited <= 5_000 * MS, "waited for {waited:?}");
+    }
+    assert!(losses.load(Ordering::SeqCst) == 0 && !signal.is_lost(), "told of a loss");
+    settle(&[&here, &there]);
+}
+
+#[test]
+fn a_hold_that_a_transaction_releases_is_over_with_its_commit_and_goes_on_with_its_rollback() {
+    explore(Pace::Lazy, Weather { delay: 16 * MS, ..CALM }, released_in_a_transaction);
 }
 
 /// With a lease that nobody would like to wait for.

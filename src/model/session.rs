@@ -52,6 +52,8 @@ pub(crate) struct Server {
     watched: Vec<Arc<Hold>>,
     /// The versions that were found not to be trusted any more.
     over: BTreeSet<i64>,
+    /// A transaction of a caller's has released the hold, and is open.
+    pub(crate) is_row_locked: bool,
     /// Somebody changes the row behind the library's back: what it says is not the truth.
     pub(crate) is_tampered: bool,
 }
@@ -129,6 +131,48 @@ fn chance(of: u32) -> bool {
     of > 0 && random().is_multiple_of(of)
 }
 
+/// What a statement does when a transaction has locked the row.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// It waits.
+    Update,
+    Refresh,
+    /// It skips the row.
+    Passing,
+}
+
+fn deliver(told: Vec<(Uuid, String)>) {
+    for (waiter, payload) in told {
+        let inbox = server(|server| server.inboxes.get(&waiter).cloned());
+        if let Some(inbox) = inbox {
+            lock(&inbox.payloads).push_back(payload);
+            inbox.came.notify_all();
+        }
+    }
+}
+
+/// A transaction of a caller's releases a hold, and stays open; false if there is nothing to release.
+pub(crate) fn release_in_transaction(claim: &Claim) -> bool {
+    server(|server| {
+        let is_there =
+            server.row.as_ref().is_some_and(|row| row.lease_id == claim.lease_id && row.released_at.is_none());
+        server.is_row_locked = is_there && !server.is_row_locked;
+        server.is_row_locked
+    })
+}
+
+/// It ends.
+pub(crate) fn end_transaction(claim: &Claim, commits: bool) {
+    let now = Instant::now();
+    let told = server(|server| {
+        server.is_row_locked = false;
+        let row = server.row.as_mut().filter(|_| commits)?;
+        row.released_at = Some(now);
+        Some(row.waiters.clone())
+    });
+    deliver(notifications(told.unwrap_or_default(), &claim.lock_id));
+}
+
 /// A request or an answer is under way.
 fn travel(weather: &Weather) {
     match random() % 4 {
@@ -147,27 +191,31 @@ impl Session {
     /// Runs a statement on the server, at one moment, unless it gets lost.
     fn run<T>(
         &mut self,
-        is_refresh: bool,
+        kind: Kind,
         statement: impl FnOnce(&mut Server, Instant) -> (T, Vec<(Uuid, String)>),
     ) -> Result<T, Fault> {
         let weather = server(|server| server.weather);
-        let is_lost = chance(weather.losses) || is_refresh && chance(weather.lost_refreshes);
+        let is_lost = chance(weather.losses) || kind == Kind::Refresh && chance(weather.lost_refreshes);
         let (is_request_lost, is_silent) = (is_lost && random().is_multiple_of(2), random().is_multiple_of(2));
         travel(&weather);
         let mut answer = None;
         if !is_request_lost {
-            let now = Instant::now();
-            let (said, told) = server(|server| {
-                server.statements += 1;
-                statement(server, now)
-            });
-            for (waiter, payload) in told {
-                let inbox = server(|server| server.inboxes.get(&waiter).cloned());
-                if let Some(inbox) = inbox {
-                    lock(&inbox.payloads).push_back(payload);
-                    inbox.came.notify_all();
+            let mut statement = Some(statement);
+            let (said, told) = loop {
+                let now = Instant::now();
+                let done = server(|server| {
+                    if server.is_row_locked && kind != Kind::Passing {
+                        return None;
+                    }
+                    server.statements += 1;
+                    statement.take().map(|statement| statement(server, now))
+                });
+                match done {
+                    Some(done) => break done,
+                    None => thread::sleep(Duration::from_millis(1)),
                 }
-            }
+            };
+            deliver(told);
             check();
             answer = Some(said);
         }
@@ -187,7 +235,10 @@ impl Session {
 
     pub(crate) fn acquire(&mut self, _: &Sql, claim: &Claim, waiter: Option<Uuid>) -> Result<Acquired, Fault> {
         let sent = Instant::now();
-        self.run(false, |server, now| {
+        self.run(Kind::Passing, |server, now| {
+            if server.is_row_locked {
+                return (Acquired::Locked, Vec::new());
+            }
             let Some(row) = &mut server.row else { return (Acquired::Absent, Vec::new()) };
             let answer = row.acquire(claim, waiter, now);
             if let Some(version) = answer.taken {
@@ -199,7 +250,7 @@ impl Session {
 
     pub(crate) fn create(&mut self, _: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
         let sent = Instant::now();
-        self.run(false, |server, now| {
+        self.run(Kind::Update, |server, now| {
             if server.row.is_some() {
                 return (Acquired::Missed, Vec::new());
             }
@@ -211,7 +262,9 @@ impl Session {
     }
 
     pub(crate) fn refresh(&mut self, _: &Sql, claim: &Claim, version: i64) -> Result<Option<bool>, Fault> {
-        self.run(true, |server, now| (server.row.as_mut().and_then(|row| row.refresh(claim, version, now)), Vec::new()))
+        self.run(Kind::Refresh, |server, now| {
+            (server.row.as_mut().and_then(|row| row.refresh(claim, version, now)), Vec::new())
+        })
     }
 
     pub(crate) fn release(
@@ -222,7 +275,7 @@ impl Session {
         waiter: Option<Uuid>,
         waits_again: bool,
     ) -> Result<Option<u32>, Fault> {
-        self.run(false, |server, now| {
+        self.run(Kind::Update, |server, now| {
             let told = server.row.as_mut().and_then(|row| row.release(claim, version, waiter, waits_again, now));
             if told.is_some() {
                 server.ended(claim);
@@ -240,7 +293,10 @@ impl Session {
         next: &Claim,
     ) -> Result<Option<Granted>, Fault> {
         let sent = Instant::now();
-        self.run(false, |server, now| {
+        self.run(Kind::Passing, |server, now| {
+            if server.is_row_locked {
+                return (None, Vec::new());
+            }
             let is_recognised = server.row.as_ref().is_some_and(|row| row.lease_id == next.lease_id);
             let given = server.row.as_mut().and_then(|row| row.hand_over(claim, version, next, now));
             if let Some((version, ..)) = given {
@@ -253,7 +309,7 @@ impl Session {
     }
 
     pub(crate) fn withdraw(&mut self, _: &Sql, lock_id: &str, waiter: Uuid) -> Result<bool, Fault> {
-        self.run(false, |server, _| {
+        self.run(Kind::Update, |server, _| {
             let told = server.row.as_mut().map(|row| row.withdraw(waiter)).unwrap_or_default();
             (true, notifications(told, lock_id))
         })

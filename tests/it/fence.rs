@@ -352,7 +352,7 @@ fn a_transaction_that_cannot_see_the_hold_is_told_so_and_the_hold_is_not_taken_f
     drop(reads);
 
     // Somebody has locked the row by hand.
-    let (mut locker, mut other) = (table.client(), table.client());
+    let (mut locker, mut other) = (table.client(), table.impatient_client());
     let mut locked = locker.transaction().unwrap();
     locked.execute(&format!("SELECT FROM {} FOR UPDATE", table.name), &[]).unwrap();
     let mut transaction = other.transaction().unwrap();
