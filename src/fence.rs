@@ -8,13 +8,10 @@ use postgres::{Client, Row, Transaction};
 
 use crate::error::{Error, Result, is_serialization_failure};
 use crate::guard::LockGuard;
-use crate::hold::Unlocking;
-use crate::sync::Instant;
 
 /// What is wrong with a transaction that doesn't find a hold which is there.
-const NOT_SEEN: &str = "the hold is there, but the transaction doesn't see it, or can't lock its row: it may be on another server or \
-                        database; at REPEATABLE READ or SERIALIZABLE it must begin after the lock was acquired; and nobody else may \
-                        have locked the row";
+const NOT_SEEN: &str = "the hold is there, but the transaction doesn't see it: it may be on another server or database; and at \
+                        REPEATABLE READ or SERIALIZABLE it must begin after the lock was acquired";
 
 /// A statement that fences a transaction of any driver: see [`LockGuard::fence_statement`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,7 +21,10 @@ pub struct FenceStatement {
     pub sql: String,
     /// Its parameter `$1`, as text.
     pub lock_id: String,
-    /// Its parameter `$2`, as text: it names the hold.
+    /// Its parameter `$2`, a `bigint`.
+    pub version: i64,
+    /// Its parameter `$3`, as text. It tells the hold from another one of the same version, which there may be where commits were
+    /// lost: by a restore, or a failover to a standby that lacked them.
     pub lease_id: String,
 }
 
@@ -41,11 +41,12 @@ impl LockGuard {
     /// `SERIALIZABLE` it has to begin after the lock was acquired), but not be read-only; its role needs `SELECT` and `UPDATE` on the table. A
     /// fence in a savepoint that is rolled back is undone.
     ///
-    /// It is one statement on the transaction's connection, and waits for no lock; it blocks for as long as that connection does. If it fails, up to
-    /// 2 s more are used to find out why.
+    /// It is one statement on the transaction's connection, and blocks for as long as that does. It waits for an acquire of the lock that has just
+    /// got, or missed, the row, and for anybody who has locked the row or the table by hand: set `lock_timeout` if that may take long. If
+    /// it fails, up to 2 s more are used to find out why.
     ///
     /// # Errors
-    /// [`Error::LeaseLost`] if the hold is past its deadline, was released, or somebody else has acquired the lock: roll back.
+    /// [`Error::LeaseLost`] if the hold is past its deadline, somebody else has acquired the lock, or that can't be ruled out: roll back.
     /// [`Error::Fence`] if the hold is there, and the transaction doesn't see it. [`Error::Database`] if the statement failed; with
     /// SQLSTATE 40001, the hold is there, and the transaction can be repeated.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
@@ -88,6 +89,8 @@ impl LockGuard {
     /// # }
     /// ```
     ///
+    /// A `COMMIT` or `ROLLBACK` that `work` sends as text ends the transaction behind its back: what it did before is not fenced.
+    ///
     /// It costs one round trip more than the transaction without the lock. For another isolation level, build the transaction yourself,
     /// and call `fence` before its commit.
     ///
@@ -112,15 +115,16 @@ impl LockGuard {
 
     /// The fence for another driver, such as `sqlx`, `diesel` or `tokio-postgres`.
     ///
-    /// Run it in your transaction with its two parameters, both text. If it returns a row, the transaction is fenced, as by
+    /// Run it in your transaction with its three parameters. If it returns a row, the transaction is fenced, as by
     /// [`fence_past_deadline`](Self::fence_past_deadline); if it returns none, or fails with SQLSTATE 40001, roll back: the lock may be
-    /// somebody else's.
+    /// somebody else's. The text is the same for all holds of a table, so that it can be prepared once a connection, which spares its
+    /// planning.
     ///
     /// ```no_run
     /// # fn doc(guard: &storage_lock::LockGuard, transaction: &mut postgres::Transaction<'_>) -> Result<(), postgres::Error> {
     /// let fence = guard.fence_statement();
-    /// // sqlx: query(&fence.sql).bind(&fence.lock_id).bind(&fence.lease_id).fetch_optional(&mut *transaction).await?
-    /// let is_ours = transaction.query_opt(&fence.sql, &[&fence.lock_id, &fence.lease_id])?.is_some();
+    /// // sqlx: query(&fence.sql).bind(&fence.lock_id).bind(fence.version).bind(&fence.lease_id).fetch_optional(&mut *transaction).await?
+    /// let is_ours = transaction.query_opt(&fence.sql, &[&fence.lock_id, &fence.version, &fence.lease_id])?.is_some();
     /// # Ok(())
     /// # }
     /// ```
@@ -128,61 +132,30 @@ impl LockGuard {
         FenceStatement {
             sql: self.storage.sql().fence.clone(),
             lock_id: self.lock_id().to_owned(),
+            version: self.version(),
             lease_id: self.hold.claim.lease_id.to_string(),
         }
     }
 
-    /// Makes the release of the lock a part of your transaction: when it is committed, what it wrote and the release become visible together; if it
-    /// is rolled back, the lock is still held.
-    ///
-    /// After `Ok` it is fenced as by [`fence`](Self::fence). From then on [`is_held`](Self::is_held) is false, because the transaction may
-    /// be committed at any time. After a rollback it is true again as soon as a refresh has found the hold, which is sent after 50 ms. After the
-    /// commit, drop the guard. One that is dropped without a commit releases the lock, as ever.
-    ///
-    /// Keep the rest of the transaction short: the hold can't be refreshed until it ends. At `REPEATABLE READ` and `SERIALIZABLE` it fails with
-    /// SQLSTATE 40001 if the lease was refreshed after the transaction began: use `fence`, and unlock after the commit. Where others
-    /// wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow. An inner guard of a lock that was taken more than once releases nothing, and only fences.
-    ///
-    /// It is one statement on the transaction's connection, and blocks for as long as that connection does.
-    ///
-    /// # Errors
-    /// As [`fence`](Self::fence). The lock is held as before.
-    pub fn unlock_in(&self, transaction: &mut Transaction<'_>) -> Result<()> {
-        if !self.hold.is_before_deadline() {
-            return Err(self.hold.lost());
-        }
-        let Some(before) = self.hold.begin_unlocking() else { return self.fence(transaction) };
-        let rows = self.query(transaction, &self.storage.sql().unlock_in);
-        self.unlocked_in(before, rows.map(|rows| rows.first().is_some_and(|row| row.try_get(0).unwrap_or(false))))
-    }
-
-    /// A transaction has released the hold, or not; `before` is how it stood before it was asked to.
-    pub(crate) fn unlocked_in(&self, before: Unlocking, is_released: Result<bool, postgres::Error>) -> Result<()> {
-        let is_done = matches!(is_released, Ok(true));
-        self.hold.set_unlocking(if is_done { Unlocking::Since(Instant::now()) } else { before });
-        if is_done { Ok(()) } else { Err(self.why_not(is_released.err())) }
-    }
-
-    fn query(&self, transaction: &mut Transaction<'_>, sql: &str) -> Result<Vec<Row>, postgres::Error> {
+    pub(crate) fn query(&self, transaction: &mut Transaction<'_>, sql: &str) -> Result<Vec<Row>, postgres::Error> {
         let lease_id = self.hold.claim.lease_id.to_string();
-        transaction.query_typed(sql, &[(&self.lock_id(), Type::TEXT), (&lease_id, Type::TEXT)])
+        let (lock_id, version) = (self.lock_id(), self.version());
+        transaction.query_typed(sql, &[(&lock_id, Type::TEXT), (&version, Type::INT8), (&lease_id, Type::TEXT)])
     }
 
     /// Why a statement found nothing, or failed.
-    fn why_not(&self, error: Option<postgres::Error>) -> Error {
+    pub(crate) fn why_not(&self, error: Option<postgres::Error>) -> Error {
+        // A hold that is past its deadline shall not be refreshed by who looks for it.
+        let is_there = || self.hold.is_before_deadline() && self.storage.look_for(&self.hold) == Some(true);
         match error {
             // A takeover, or something else in the transaction.
-            Some(source) if !is_serialization_failure(&source) || self.storage.is_there(&self.hold) => {
-                self.failed("fence", source)
-            }
-            None if self.storage.is_there(&self.hold) => {
-                Error::Fence { lock_id: self.lock_id().to_owned(), problem: NOT_SEEN }
-            }
+            Some(source) if !is_serialization_failure(&source) || is_there() => self.failed("fence", source),
+            None if is_there() => Error::Fence { lock_id: self.lock_id().to_owned(), problem: NOT_SEEN },
             Some(_) | None => self.hold.lost(),
         }
     }
 
-    fn failed(&self, what: &str, source: postgres::Error) -> Error {
+    pub(crate) fn failed(&self, what: &str, source: postgres::Error) -> Error {
         Error::Database { action: format!("{what} a transaction under lock {:?}", self.lock_id()), source }
     }
 }

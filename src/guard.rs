@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::follow_up::Unfinished;
-use crate::hold::{Hold, SETTLING_TIME, Unlocking};
+use crate::hold::{Hold, Unlocking};
 use crate::loss::LostSignal;
 use crate::storage::PostgresStorage;
 use crate::sync::Instant;
@@ -89,18 +89,12 @@ impl LockGuard {
         if !hold.leave() {
             return if hold.is_held() { Ok(()) } else { Err(hold.lost()) };
         }
-        let (unlocking, is_gone) = {
+        let (is_done, is_gone) = {
             let state = hold.state();
-            (state.unlocking, state.is_gone)
+            (state.unlocking == Unlocking::Done, state.is_gone)
         };
-        if matches!(unlocking, Unlocking::Since(_) | Unlocking::Done) {
-            // The transaction may be open still. Whatever becomes of it, the hold is over, in a moment.
-            self.storage.lines().lose_hold(hold);
-            if unlocking != Unlocking::Done {
-                let then = Instant::now() + SETTLING_TIME;
-                self.storage.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), then));
-            }
-            self.tell_release();
+        if is_done {
+            // By the commit of a transaction.
             return Ok(());
         }
         if !hold.is_held() {
@@ -116,7 +110,7 @@ impl LockGuard {
         Ok(())
     }
 
-    fn tell_release(&self) {
+    pub(crate) fn tell_release(&self) {
         let (lock_id, owner_id, version) = self.hold.names();
         self.storage.events().tell(|| Event::Released { lock_id, owner_id, version, held: self.hold.began.elapsed() });
         log::debug!(target: "storage_lock", "released lock {lock_id:?} (version {version})");

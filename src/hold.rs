@@ -43,18 +43,14 @@ pub(crate) struct HoldState {
     pub(crate) unlocking: Unlocking,
 }
 
-/// When to look what became of a transaction that releases a hold. Who looks earlier waits for it in the server, and is in the way of
-/// whoever takes the lock just after it.
-pub(crate) const SETTLING_TIME: Duration = Duration::from_millis(50);
-
 /// Whether a transaction of the caller's releases the hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unlocking {
     No,
-    /// It is being asked to.
-    Asked,
-    /// It has, since then, and may be committed. It wasn't if a refresh that was sent later finds the hold.
-    Since(Instant),
+    /// It may be committed at any time. Meanwhile nothing is refreshed: that would wait for it in the server.
+    Pending,
+    /// Its commit was sent before this instant, and never answered. It wasn't committed if a refresh that is sent later finds the hold.
+    Unknown(Instant),
     /// It is committed.
     Done,
 }
@@ -62,11 +58,19 @@ pub(crate) enum Unlocking {
 impl HoldState {
     /// Whether somebody may act on it.
     pub(crate) fn is_trusted(&self, now: Instant) -> bool {
-        self.term.is_held(now) && matches!(self.unlocking, Unlocking::No | Unlocking::Asked)
+        self.term.is_held(now) && self.unlocking == Unlocking::No
     }
 
     pub(crate) fn is_lost(&self, now: Instant) -> bool {
         !self.term.is_held(now) && (self.guards > 0 && self.unlocking != Unlocking::Done || self.term.is_lost())
+    }
+
+    pub(crate) fn set_unlocking(&mut self, unlocking: Unlocking, now: Instant) {
+        if self.is_lost(now) {
+            // For ever, also where it comes to be released all the same.
+            self.term.lose();
+        }
+        self.unlocking = unlocking;
     }
 
     /// Whether nobody counts on it any more.
@@ -136,8 +140,7 @@ impl Hold {
             return false;
         }
         let mut state = self.state();
-        let is_good = state.term.is_held(Instant::now()) && state.unlocking == Unlocking::No;
-        let may_enter = state.guards > 0 && is_good;
+        let may_enter = state.guards > 0 && state.is_trusted(Instant::now());
         state.guards += usize::from(may_enter);
         may_enter
     }
@@ -157,13 +160,13 @@ impl Hold {
                 state.term.extend(now, sent);
                 state.is_wanted = *is_wanted;
                 // It would have waited for the transaction, and found nothing if that was committed.
-                if matches!(state.unlocking, Unlocking::Since(asked) if sent > asked) {
+                if matches!(state.unlocking, Unlocking::Unknown(asked) if sent > asked) {
                     state.unlocking = Unlocking::No;
                 }
             }
             // Released meanwhile: no loss.
-            Ok(None) if state.guards == 0 => return,
-            Ok(None) if matches!(state.unlocking, Unlocking::Since(_)) => state.unlocking = Unlocking::Done,
+            Ok(None) if state.guards == 0 || matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) => return,
+            Ok(None) if matches!(state.unlocking, Unlocking::Unknown(_)) => state.set_unlocking(Unlocking::Done, now),
             Ok(None) => {
                 state.term.lose();
                 state.is_gone = true;
@@ -180,9 +183,9 @@ impl Hold {
     /// Takes a guard away and says whether it was the last one. The refresh thread stops at once.
     pub(crate) fn leave(&self) -> bool {
         let mut state = self.state();
+        let is_lost = state.is_lost(Instant::now());
         state.guards = state.guards.saturating_sub(1);
-        let is_lost = state.guards == 0 && !state.term.is_held(Instant::now());
-        if is_lost && matches!(state.unlocking, Unlocking::No | Unlocking::Asked) {
+        if state.guards == 0 && is_lost {
             // For a signal that outlives the guards: from now on time doesn't count.
             state.term.lose();
         }
@@ -190,14 +193,21 @@ impl Hold {
         state.guards == 0
     }
 
-    /// A transaction of the caller's is going to release it; returns how that stood before, or none if it is for another guard to do.
-    pub(crate) fn begin_unlocking(&self) -> Option<Unlocking> {
+    /// A transaction of the caller's is going to release it, if that is for this guard to do; or how that stands already.
+    pub(crate) fn begin_unlocking(&self) -> Result<bool, Unlocking> {
         let mut state = self.state();
-        (state.guards == 1).then(|| std::mem::replace(&mut state.unlocking, Unlocking::Asked))
+        match state.unlocking {
+            Unlocking::No if state.guards > 1 => Ok(false),
+            Unlocking::No => {
+                state.unlocking = Unlocking::Pending;
+                Ok(true)
+            }
+            other => Err(other),
+        }
     }
 
     pub(crate) fn set_unlocking(&self, unlocking: Unlocking) {
-        self.state().unlocking = unlocking;
+        self.state().set_unlocking(unlocking, Instant::now());
         self.changed.notify_all();
     }
 

@@ -133,6 +133,7 @@ mod sync;
 mod term;
 #[cfg(test)]
 mod toy;
+mod unlock_in;
 mod wait;
 mod workers;
 
@@ -145,6 +146,7 @@ pub use lock::StorageLock;
 pub use loss::LostSignal;
 pub use options::{LockOptions, PostgresStorageOptions};
 pub use storage::PostgresStorage;
+pub use unlock_in::UnlockTransaction;
 
 /// The README's code is compiled with the doctests.
 #[cfg(doctest)]

@@ -50,7 +50,8 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Schedul
 use shuttle::{Config, FailurePersistence, Runner};
 use uuid::Uuid;
 
-use crate::session::{Weather, check, end_transaction, release_in_transaction, server, start_server};
+use crate::hold::Unlocking;
+use crate::session::{Weather, check, end_transaction, fault, release_in_transaction, server, start_server};
 use crate::sync::{CLOCK_TASK, Instant, Pace, live_threads, random, start_clock, stop_clock, thread};
 use crate::toy::Row;
 use crate::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
@@ -485,19 +486,23 @@ fn released_in_a_transaction() {
     let commits = random().is_multiple_of(2);
     for turn in (0..random() % 3).rev() {
         let is_last = turn == 0;
-        let before = guard.hold.begin_unlocking().expect("one guard");
+        assert!(guard.hold.begin_unlocking().expect("nobody else"), "one guard");
         thread::sleep([0, 1][random() as usize % 2] * MS);
-        guard.unlocked_in(before, Ok(release_in_transaction(&guard.hold.claim))).expect("it is held");
-        assert!(!guard.is_held());
-        thread::sleep([0, 1, 49, 50, 200][random() as usize % 5] * MS);
+        assert!(release_in_transaction(&guard.hold.claim) && !guard.is_held());
+        thread::sleep([0, 1, 50, 200][random() as usize % 4] * MS);
         end_transaction(&guard.hold.claim, commits && is_last);
+        let is_answered = random().is_multiple_of(2);
+        match commits && is_last {
+            true if is_answered => guard.unlocked(),
+            false if is_answered => guard.hold.set_unlocking(Unlocking::No),
+            is_committed => assert_eq!(guard.settle(fault()).is_ok(), is_committed, "it finds out"),
+        }
         if commits && is_last {
             for _ in 0..random() % 3 {
                 assert!(!guard.is_held(), "held after the commit");
                 thread::sleep([0, 1, 50, 100][random() as usize % 4] * MS);
             }
-        } else if random().is_multiple_of(2) {
-            thread::sleep(150 * MS);
+        } else {
             assert!(guard.is_held(), "not held again after the rollback");
         }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::events::Event;
-use crate::hold::{Hold, SETTLING_TIME, Unlocking};
+use crate::hold::{Hold, Unlocking};
 use crate::storage::PostgresStorage;
 use crate::sync::{Instant, thread, wait_until};
 use crate::term::backoff;
@@ -53,8 +53,6 @@ enum Next {
 
 fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
     let (mut attempt, mut failures) = (0_u64, 0_u32);
-    // The transaction that releases the hold, for which the next refresh was moved.
-    let mut settling = None;
     let mut state = hold.state();
     let mut next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
     loop {
@@ -82,17 +80,10 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             }
             return;
         }
-        if let (Unlocking::Since(since), Next::Refresh(at)) = (state.unlocking, &mut next)
-            && settling.replace(since) != Some(since)
-        {
-            *at = (*at).min(since + SETTLING_TIME);
-        }
         // No mutex is held while something is sent or logged: a logger may be slow, or ask a guard.
         let failed = match (state.answer.take(), &next) {
             (Some((_, Ok(latency))), _) => {
                 failures = 0;
-                // It may have been sent before the transaction released the hold, and say nothing of it.
-                settling = None;
                 next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
                 drop(state);
                 let (lock_id, owner_id, version) = hold.names();
@@ -104,6 +95,11 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 drop(state);
                 failures += 1;
                 Some((error, backoff(failures).min(hold.remaining() / 2)))
+            }
+            _ if state.unlocking == Unlocking::Pending => {
+                let wake = state.term.loss_time();
+                drop(wait_until(&hold.changed, state, wake));
+                None
             }
             (_, Next::Refresh(at)) if *at <= now => {
                 attempt += 1;

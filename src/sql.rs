@@ -20,10 +20,11 @@
 //!   were told, and ask one [`GRACE`] after the other. The one that takes it sends everybody before it away: who is alive was told,
 //!   asks, and stands in line again. So a dead process costs the others one [`GRACE`], once.
 //! - A **fence** locks the row in the caller's own transaction, against a move of the key and nothing else (`FOR KEY SHARE`): acquirers
-//!   skip it as they skip each other, refreshes and releases go on. It doesn't wait for an acquire that is under way either: that one may
-//!   hang in its commit, on a connection that isn't ours to interrupt. It names the hold by lock and lease, not by its version, which may come
-//!   twice where commits were lost, and finds the version as the others do.
-//! - An **unlock in a transaction** of the caller's is a release that leaves that transaction's settings alone.
+//!   skip it as they skip each other, refreshes and releases go on. It waits for an acquire that has the row: not only one that takes
+//!   it, but also one that came too late, and keeps the row of its winner until it has committed nothing. It compares the
+//!   lease too: a version may come twice where commits were lost.
+//! - A release in a transaction of the caller's, **unlock in**, is fenced first: an update that waited for a takeover would lock the
+//!   row of the next owner, which then couldn't refresh it. It leaves the transaction's settings alone.
 //! - **Hand-over** is a release and the next acquire in one statement, for two threads of one process.
 //! - Only `clock_timestamp()` judges a lease. `now()` is the start of the transaction, which may lie before a wait.
 //! - A granted lease must survive a crash of the server, so acquire and refresh turn `synchronous_commit` on where it is
@@ -158,6 +159,12 @@ impl Sql {
         FROM {rows}, unnest(waiters) WITH ORDINALITY AS told (waiter, place))"
             )
         };
+        // $1 lock, $2 version, $3 lease id as text, which every driver can send. In the caller's session: no more than what is needed,
+        // and nothing that its settings could change. A row is the proof.
+        let fence = format!(
+            "SELECT version FROM {table} WHERE lock_id = $1 AND version = $2 AND lease_id = $3::text::uuid \
+             AND released_at IS NULL FOR KEY SHARE"
+        );
         Sql {
             create_table: format!(
                 "CREATE TABLE {table} (\n    \
@@ -299,17 +306,14 @@ SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waite
                     told = tell("free"),
                 )
             }),
-            // $1 lock, $2 lease id as text, which every driver can send. In the caller's session: no more than what is needed, and
-            // nothing that its settings could change. A row is the proof.
-            fence: format!(
-                "SELECT version FROM {table} WHERE lock_id = $1 AND version = ({newest}) \
-                 AND lease_id = $2::text::uuid AND released_at IS NULL FOR KEY SHARE SKIP LOCKED"
-            ),
-            // $1 lock, $2 lease id as text.
+            fence: fence.clone(),
+            // The same parameters.
             unlock_in: format!(
-                "WITH released AS (
+                "WITH own AS MATERIALIZED (
+    {fence}
+), released AS (
     UPDATE {table} SET released_at = clock_timestamp()
-    WHERE lock_id = $1 AND version = ({newest}) AND lease_id = $2::text::uuid AND released_at IS NULL
+    WHERE lock_id = $1 AND version = (SELECT version FROM own) AND lease_id = $3::text::uuid AND released_at IS NULL
     RETURNING waiters
 )
 SELECT EXISTS (SELECT FROM released), {told}",

@@ -328,14 +328,14 @@ impl PostgresStorage {
         );
     }
 
-    /// Whether a hold is there beyond doubt, as the database says within [`RELEASE_TIME`] to a refresh.
-    pub(crate) fn is_there(&self, hold: &Hold) -> bool {
+    /// Whether a hold is there, as the database says within [`RELEASE_TIME`] to a refresh; none if it says nothing.
+    pub(crate) fn look_for(&self, hold: &Hold) -> Option<bool> {
         let (sql, claim, version) = (Arc::clone(&self.inner.sql), hold.claim.clone(), hold.version);
         let describe = hold.claim.lock_id.clone();
         let action = move || format!("look for lock {describe:?}");
         let call = move |session: &mut Session| session.refresh(&sql, &claim, version);
-        let is_wanted = self.inner.workers.call(Urgency::Urgent, Instant::now() + RELEASE_TIME, action, call, |_| ());
-        matches!(is_wanted, Ok(Some(_)))
+        let found = self.inner.workers.call(Urgency::Urgent, Instant::now() + RELEASE_TIME, action, call, |_| ());
+        found.ok().map(|is_wanted| is_wanted.is_some())
     }
 
     /// What a call took, but too late for its caller.

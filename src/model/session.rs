@@ -122,8 +122,8 @@ pub(crate) struct Session {
 }
 
 /// As if the connection had been lost: an error without the server's words.
-fn lost() -> Fault {
-    Fault::Postgres("port=none".parse::<Config>().expect_err("not a port"))
+pub(crate) fn fault() -> postgres::Error {
+    "port=none".parse::<Config>().expect_err("not a port")
 }
 
 /// One in `of`.
@@ -228,7 +228,7 @@ impl Session {
                 if is_silent {
                     thread::sleep(SILENCE);
                 }
-                Err(lost())
+                Err(Fault::Postgres(fault()))
             }
         }
     }

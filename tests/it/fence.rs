@@ -118,7 +118,8 @@ fn a_released_hold_fences_nothing() {
         let statement = outer.fence_statement();
         outer.unlock().unwrap();
         let mut transaction = begin(&mut client, level);
-        let rows = transaction.query(&statement.sql, &[&statement.lock_id, &statement.lease_id]).unwrap();
+        let rows =
+            transaction.query(&statement.sql, &[&statement.lock_id, &statement.version, &statement.lease_id]).unwrap();
         assert!(rows.is_empty(), "{level:?}");
     }
 }
@@ -131,7 +132,7 @@ fn a_fence_knows_its_hold_from_another_one_of_the_same_version() {
     table.execute("UPDATE $T SET lease_id = gen_random_uuid()");
     let mut client = table.client();
     assert!(is_lost(guard.fence(&mut client.transaction().unwrap())));
-    assert!(is_lost(guard.unlock_in(&mut client.transaction().unwrap())));
+    assert!(is_lost(guard.unlock_in(client.transaction().unwrap())));
 }
 
 /// A restore brings older rows back, of the locks and of the data, while a holder from after the backup goes on.
@@ -199,7 +200,7 @@ fn a_hold_past_its_deadline_is_refused_and_can_be_fenced_on_request_until_it_is_
         table.expire("l");
         let (theirs, mut client) = (table.lock("l"), table.client());
         assert!(is_lost(guard.fence(&mut client.transaction().unwrap())));
-        assert!(is_lost(guard.unlock_in(&mut client.transaction().unwrap())));
+        assert!(is_lost(guard.unlock_in(client.transaction().unwrap())));
         let work = |transaction: &mut Transaction<'_>| set(transaction, &table, 7).map_err(Fault::from);
         assert!(matches!(guard.transaction(&mut client, work), Err(Fault::Lock(error)) if error.is_lease_lost()));
         assert_eq!(number(&table), 0);
@@ -356,8 +357,13 @@ fn a_transaction_that_cannot_see_the_hold_is_told_so_and_the_hold_is_not_taken_f
     let mut locked = locker.transaction().unwrap();
     locked.execute(&format!("SELECT FROM {} FOR UPDATE", table.name), &[]).unwrap();
     let mut transaction = other.transaction().unwrap();
+    // It is waited for as long as the transaction's own settings allow.
+    transaction.batch_execute("SET LOCAL lock_timeout = '100ms'").unwrap();
     let error = takes_at_most(ms(3_000), "a fence behind a locked row", || guard.fence(&mut transaction)).unwrap_err();
-    assert!(error.is_lease_lost(), "nobody can tell: {error:?}");
+    assert!(
+        matches!(&error, Error::Database { source, .. } if source.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)),
+        "{error:?}"
+    );
     assert!(guard.is_held());
 }
 
@@ -511,6 +517,86 @@ fn who_would_take_over_from_a_zombie_with_a_fence_waits_until_it_ends() {
         drop(zombie);
         without_number(table);
     }
+}
+
+/// One that asked before the lock was taken, and reaches the row afterwards, keeps it until it has committed nothing.
+#[test]
+fn an_acquire_that_came_too_late_is_waited_for_and_not_taken_for_a_loss() {
+    let table = Table::new();
+    table.storage();
+    let end = Instant::now() + ms(2_500);
+    let fenced: usize = thread::scope(|scope| {
+        let threads: Vec<_> = LEVELS
+            .into_iter()
+            .map(|level| {
+                let table = &table;
+                scope.spawn(move || {
+                    let (lock, mut client, mut fenced) = (table.lock("l"), table.client(), 0);
+                    while Instant::now() < end {
+                        // The others ask all the time.
+                        let Some(guard) = lock.try_lock("worker").unwrap() else { continue };
+                        let mut transaction = begin(&mut client, level);
+                        guard.fence(&mut transaction).expect("it has just been acquired");
+                        transaction.rollback().unwrap();
+                        guard.unlock().unwrap();
+                        fenced += 1;
+                    }
+                    fenced
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    assert!(fenced > 200, "{fenced} fences");
+}
+
+/// Refreshes, waiters that come and go, other fences, and vacuum, all of the same row.
+#[test]
+fn a_fence_finds_its_row_whatever_else_is_done_to_it() {
+    let table = Table::new();
+    let guard = table.short_lock("l", ms(5_000), ms(10)).lock("worker-1").unwrap();
+    let end = Instant::now() + ms(3_000);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let lock = table.lock("l");
+                while Instant::now() < end {
+                    assert!(lock.try_lock_for("worker-2", ms(15)).unwrap().is_none());
+                }
+            });
+        }
+        scope.spawn(|| {
+            let mut client = table.client();
+            while Instant::now() < end {
+                client.batch_execute(&format!("VACUUM (FREEZE) {}", table.name)).unwrap();
+            }
+        });
+        for level in LEVELS {
+            let (guard, table) = (&guard, &table);
+            scope.spawn(move || {
+                let mut client = table.client();
+                for round in 0.. {
+                    let mut transaction = begin(&mut client, level);
+                    see(&mut transaction);
+                    // Sometimes with an old snapshot.
+                    thread::sleep(ms(if round % 3 == 0 { 25 } else { 0 }));
+                    let mut savepoint = transaction.transaction().unwrap();
+                    guard.fence(&mut savepoint).unwrap();
+                    if round % 2 == 0 {
+                        savepoint.rollback().unwrap()
+                    } else {
+                        savepoint.commit().unwrap()
+                    }
+                    guard.fence(&mut transaction).unwrap();
+                    transaction.commit().unwrap();
+                    if Instant::now() >= end {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    assert!(guard.is_held());
 }
 
 /// Each of three takes the lock from the others again and again, at whatever moment of their transactions.

@@ -124,9 +124,7 @@ fn a_hold_that_is_given_back_is_not_told_of() {
     drop(lock.lock("worker-1").unwrap());
     let mut client = table.client();
     let guard = lock.lock("worker-1").unwrap();
-    let mut transaction = client.transaction().unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
-    transaction.commit().unwrap();
+    guard.unlock_in(client.transaction().unwrap()).unwrap().commit().unwrap();
     // Longer than its lease.
     assert!(told.recv_timeout(ms(1_500)).is_err());
     assert!(!signal.is_lost() && !guard.lost().is_lost());
@@ -191,6 +189,36 @@ fn a_signal_is_polled_and_waited_for_and_outlives_its_guard() {
     assert!(!takes_at_most(ms(3_000), "the wait", || waiting.join().unwrap()));
     thread::sleep(ms(1_200));
     assert!(!signal.is_lost(), "its lease would be over by now");
+}
+
+/// It waits for its own signal, drops the guard, takes the lock again, and drops the storage.
+#[test]
+fn a_callback_may_use_the_library() {
+    let table = Table::new();
+    let storage = table.storage();
+    let kept: Arc<Mutex<Option<(LockGuard, StorageLock)>>> = Arc::default();
+    let (sender, told) = channel();
+    let (taken, sender) = (Arc::clone(&kept), Mutex::new(sender));
+    let options =
+        LockOptions::new("l").lease_expire_after(ms(1_000)).lease_refresh_interval(ms(50)).on_lost(move |signal| {
+            assert!(signal.wait_for(Duration::MAX));
+            let Some((guard, lock)) = taken.lock().unwrap().take() else { return };
+            drop(guard);
+            let version = lock.lock("worker-1").unwrap().version();
+            drop(lock);
+            sender.lock().unwrap().send(version).unwrap();
+        });
+    let lock = StorageLock::with_options(&storage, options).unwrap();
+    *kept.lock().unwrap() = Some((lock.lock("worker-1").unwrap(), lock));
+    drop(storage);
+    table.execute("UPDATE $T SET version = version + 1000, released_at = clock_timestamp()");
+    assert_eq!(told.recv_timeout(Duration::from_secs(10)).expect("no deadlock"), 1_002);
+    let mut client = table.client();
+    let sessions =
+        "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%' || $1 || '%' AND pid <> pg_backend_pid()";
+    eventually("its connections are closed", || {
+        client.query_one(sessions, &[&table.name]).unwrap().get::<_, i64>(0) == 0
+    });
 }
 
 /// The signal needs no thread that tells it.

@@ -8,13 +8,21 @@ use postgres::{Client, IsolationLevel};
 use storage_lock::Error;
 
 use crate::fence::{LEVELS, begin, number, set, with_number, without_number};
-use crate::support::{Table, eventually, is_refreshed, ms, short_lock, takes_at_most, waits_for};
+use crate::support::proxy::Proxy;
+use crate::support::{Table, dsn, eventually, is_refreshed, ms, short_lock, takes_at_most, waits_for};
 
 /// The number and whether the lock's row says that it is released, as one statement sees them.
 fn seen(client: &mut Client, table: &Table) -> (i64, bool) {
     let sql = "SELECT n, released_at IS NOT NULL FROM $T_number, $T".replace("$T", &table.name);
     let row = client.query_one(&sql, &[]).unwrap();
     (row.get(0), row.get(1))
+}
+
+fn code(error: &Error) -> Option<SqlState> {
+    match error {
+        Error::Database { source, .. } => source.code().cloned(),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -25,22 +33,22 @@ fn a_commit_publishes_what_was_written_and_the_release_together() {
         let (ours, theirs) = (table.lock("l"), table.lock("l"));
         let guard = ours.lock("worker-1").unwrap();
         let (mut client, mut observer) = (table.client(), table.client());
-        let mut transaction = begin(&mut client, level);
-        set(&mut transaction, &table, 1).unwrap();
-        guard.unlock_in(&mut transaction).unwrap();
+        let mut transaction = guard.unlock_in(begin(&mut client, level)).unwrap();
         assert!(!guard.is_held() && guard.remaining() == Duration::ZERO, "it may be committed at any time");
+        // What comes after the release belongs to it too.
+        set(&mut transaction, &table, 1).unwrap();
         for _ in 0..20 {
             assert_eq!(seen(&mut observer, &table), (0, false));
             assert!(theirs.try_lock("worker-2").unwrap().is_none());
         }
         transaction.commit().unwrap();
         assert_eq!(seen(&mut observer, &table), (1, true));
-        let new = theirs.try_lock_for("worker-2", ms(5_000)).unwrap().expect("the lock is free");
+        let new = theirs.try_lock("worker-2").unwrap().expect("the lock is free");
         assert_eq!(new.version(), 2);
         // The guard knows, and leaves its successor alone.
         let before = theirs.info().unwrap();
+        assert!(!guard.is_held() && !guard.lost().is_lost());
         takes_at_most(ms(100), "unlock", || guard.unlock()).unwrap();
-        thread::sleep(ms(50));
         assert_eq!(theirs.info().unwrap(), before);
         assert!(new.is_held());
         without_number(table);
@@ -53,57 +61,84 @@ fn a_rollback_keeps_the_lock_and_its_refresh_going() {
         let table = Table::new();
         with_number(&table);
         let theirs = table.lock("l");
-        // Its next regular refresh is half a minute away: what it does not learn at once it does not learn in this test.
-        let slow = short_lock(&table.storage(), "l", ms(90_000), ms(30_000)).lock("worker-1").unwrap();
-        let mut client = table.client();
-        let mut transaction = begin(&mut client, level);
-        set(&mut transaction, &table, 1).unwrap();
-        slow.unlock_in(&mut transaction).unwrap();
-        transaction.rollback().unwrap();
-        eventually("it is held again", || slow.is_held());
-        assert_eq!(number(&table), 0);
-        assert!(theirs.try_lock("worker-2").unwrap().is_none());
-        // Without waiting for that, it can be fenced, and released, in another one.
-        let mut transaction = begin(&mut client, level);
-        slow.unlock_in(&mut transaction).unwrap();
-        drop(transaction);
-        let mut transaction = begin(&mut client, level);
-        slow.fence(&mut transaction).unwrap();
-        drop(transaction);
-        slow.unlock().unwrap();
-
         let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
-        let mut transaction = begin(&mut client, level);
-        guard.unlock_in(&mut transaction).unwrap();
-        transaction.rollback().unwrap();
-        eventually("it is held again", || guard.is_held());
-        is_refreshed(&guard);
-        thread::sleep(ms(1_200));
-        assert!(guard.is_held(), "it is refreshed on and on");
-        assert!(theirs.try_lock("worker-2").unwrap().is_none());
+        let mut client = table.client();
+        for is_explicit in [true, false] {
+            let mut transaction = guard.unlock_in(begin(&mut client, level)).unwrap();
+            set(&mut transaction, &table, 1).unwrap();
+            assert!(!guard.is_held());
+            if is_explicit {
+                transaction.rollback().unwrap()
+            } else {
+                drop(transaction)
+            }
+            assert!(guard.is_held(), "at once");
+            assert_eq!(number(&table), 0);
+            is_refreshed(&guard);
+            thread::sleep(ms(1_200));
+            assert!(guard.is_held(), "it is refreshed on and on");
+            assert!(theirs.try_lock("worker-2").unwrap().is_none());
+        }
         guard.unlock().unwrap();
+        assert!(theirs.try_lock("worker-2").unwrap().is_some());
         without_number(table);
     }
 }
 
+/// The server refuses to commit: it has rolled back.
 #[test]
-fn a_guard_that_is_dropped_before_the_transaction_ends_releases_the_lock_either_way() {
-    for commits in [true, false] {
-        let table = Table::new();
-        let (ours, theirs) = (table.lock("l"), table.lock("l"));
-        let (guard, mut client) = (ours.lock("worker-1").unwrap(), table.client());
-        let mut transaction = client.transaction().unwrap();
-        guard.unlock_in(&mut transaction).unwrap();
-        takes_at_most(ms(100), "drop", || drop(guard));
-        assert!(theirs.try_lock("worker-2").unwrap().is_none());
-        if commits {
-            transaction.commit().unwrap()
-        } else {
-            transaction.rollback().unwrap()
-        }
-        let new = takes_at_most(ms(5_000), "the next one", || theirs.lock("worker-2").unwrap());
-        assert_eq!(new.version(), 2);
-    }
+fn a_commit_that_fails_keeps_the_lock_and_its_refresh_going() {
+    let table = Table::new();
+    table.execute("CREATE TABLE $T_number (n bigint UNIQUE DEFERRABLE INITIALLY DEFERRED)");
+    let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
+    let mut client = table.client();
+    let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+    transaction.execute(&format!("INSERT INTO {}_number VALUES (1), (1)", table.name), &[]).unwrap();
+    assert_eq!(code(&transaction.commit().unwrap_err()), Some(SqlState::UNIQUE_VIOLATION));
+    assert!(guard.is_held());
+    is_refreshed(&guard);
+    assert!(table.lock("l").try_lock("worker-2").unwrap().is_none());
+    guard.unlock().unwrap();
+    without_number(table);
+}
+
+/// The answer to the commit is lost, and it happened: the library finds out.
+#[test]
+fn a_commit_without_an_answer_is_settled() {
+    let table = Table::new();
+    with_number(&table);
+    let proxy = Proxy::to(&dsn());
+    let (lock, theirs) = (table.lock("l"), table.lock("l"));
+    let guard = lock.lock("worker-1").unwrap();
+    let mut client = Table::of(&proxy.dsn, &table.name).client();
+    let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+    set(&mut transaction, &table, 1).unwrap();
+    proxy.lose_answer_to(b"COMMIT");
+    transaction.commit().expect("it was committed");
+    assert_eq!(number(&table), 1);
+    assert!(!guard.is_held() && !guard.lost().is_lost());
+    guard.unlock().unwrap();
+    assert_eq!(theirs.try_lock("worker-2").unwrap().expect("the lock is free").version(), 2);
+    without_number(table);
+}
+
+/// The request itself is lost, with its connection: the server rolls back.
+#[test]
+fn a_commit_that_never_arrived_keeps_the_lock() {
+    let table = Table::new();
+    with_number(&table);
+    let proxy = Proxy::to(&dsn());
+    let guard = table.short_lock("l", ms(3_000), ms(100)).lock("worker-1").unwrap();
+    let mut client = Table::of(&proxy.dsn, &table.name).client();
+    let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+    set(&mut transaction, &table, 1).unwrap();
+    proxy.cut();
+    assert_eq!(code(&transaction.commit().unwrap_err()), None);
+    eventually("it is held again", || guard.is_held());
+    assert_eq!(number(&table), 0);
+    is_refreshed(&guard);
+    guard.unlock().unwrap();
+    without_number(table);
 }
 
 #[test]
@@ -114,28 +149,13 @@ fn a_commit_notifies_who_waits_in_another_process_and_wakes_who_waits_in_this_on
     let other = waits_for(&theirs);
     table.hears("l", 1);
     let own = waits_for(&ours);
-    let mut transaction = client.transaction().unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
-    transaction.commit().unwrap();
+    let transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+    // Although the guard is kept.
     let versions = takes_at_most(ms(5_000), "both", || {
-        drop(guard);
+        transaction.commit().unwrap();
         [other.join().unwrap(), own.join().unwrap()]
     });
     assert_eq!(versions, [2, 3], "the other process stood in line first");
-}
-
-/// Nobody drops the guard, and those who wait in its own process go on all the same.
-#[test]
-fn who_waits_in_this_process_gets_the_lock_after_the_commit_also_while_the_guard_is_kept() {
-    let table = Table::new();
-    let lock = table.lock("l");
-    let (guard, mut client) = (lock.lock("worker-1").unwrap(), table.client());
-    let own = waits_for(&lock);
-    let mut transaction = client.transaction().unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
-    transaction.commit().unwrap();
-    assert_eq!(takes_at_most(ms(5_000), "the next one", || own.join().unwrap()), 2);
-    assert!(!guard.is_held() && !guard.lost().is_lost(), "that was no loss");
     guard.unlock().unwrap();
 }
 
@@ -144,10 +164,13 @@ fn the_same_owner_does_not_enter_again_what_is_being_released() {
     let table = Table::new();
     let lock = table.lock("l");
     let (guard, mut client) = (lock.lock("worker-1").unwrap(), table.client());
-    let mut transaction = client.transaction().unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
+    let transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
     assert!(lock.try_lock("worker-1").unwrap().is_none());
-    transaction.commit().unwrap();
+    transaction.rollback().unwrap();
+    let again = lock.try_lock("worker-1").unwrap().expect("it enters again");
+    assert_eq!(again.version(), 1);
+    drop(again);
+    guard.unlock_in(client.transaction().unwrap()).unwrap().commit().unwrap();
     assert_eq!(lock.lock("worker-1").unwrap().version(), 2);
 }
 
@@ -157,15 +180,28 @@ fn an_inner_guard_of_a_lock_that_was_taken_twice_releases_nothing() {
     let (lock, theirs) = (table.lock("l"), table.lock("l"));
     let (outer, mut client) = (lock.lock("worker-1").unwrap(), table.client());
     let inner = lock.lock("worker-1").unwrap();
-    let mut transaction = client.transaction().unwrap();
-    inner.unlock_in(&mut transaction).unwrap();
+    let transaction = inner.unlock_in(client.transaction().unwrap()).unwrap();
+    assert!(outer.is_held() && inner.is_held());
     transaction.commit().unwrap();
     inner.unlock().unwrap();
     assert!(outer.is_held() && theirs.try_lock("worker-2").unwrap().is_none());
-    let mut transaction = client.transaction().unwrap();
-    outer.unlock_in(&mut transaction).unwrap();
-    transaction.commit().unwrap();
+    outer.unlock_in(client.transaction().unwrap()).unwrap().commit().unwrap();
     assert!(theirs.try_lock("worker-2").unwrap().is_some());
+}
+
+#[test]
+fn a_second_transaction_that_would_release_is_refused_at_once() {
+    let table = Table::new();
+    let (guard, mut one, mut two) = (table.lock("l").lock("worker-1").unwrap(), table.client(), table.client());
+    let first = guard.unlock_in(one.transaction().unwrap()).unwrap();
+    let second = takes_at_most(ms(500), "the second one", || guard.unlock_in(two.transaction().unwrap()).map(drop));
+    assert!(matches!(second, Err(Error::Fence { .. })), "{second:?}");
+    assert!(!guard.is_held(), "the first one may be committed at any time");
+    first.commit().unwrap();
+    // A repetition must not write twice.
+    assert!(guard.unlock_in(two.transaction().unwrap()).unwrap_err().is_lease_lost());
+    assert!(guard.fence(&mut two.transaction().unwrap()).unwrap_err().is_lease_lost());
+    guard.unlock().unwrap();
 }
 
 #[test]
@@ -179,25 +215,42 @@ fn a_hold_that_was_taken_over_releases_nothing_and_says_so() {
         table.expire("l");
         let new = theirs.try_lock("worker-1").unwrap().expect("the lock is free");
         let before = theirs.info().unwrap();
-        assert!(old.unlock_in(&mut transaction).unwrap_err().is_lease_lost(), "{level:?}");
-        transaction.rollback().unwrap();
+        assert!(old.unlock_in(transaction).unwrap_err().is_lease_lost(), "{level:?}");
         assert_eq!(theirs.info().unwrap(), before);
         assert!(old.unlock().unwrap_err().is_lease_lost());
         assert!(new.is_held());
     }
 }
 
-/// A repetition after a commit whose answer was lost must not write twice.
+/// An update that has waited for a takeover would lock the row of the next owner.
 #[test]
-fn what_was_committed_is_not_released_a_second_time() {
+fn a_release_that_comes_while_the_lock_is_taken_over_does_not_keep_the_next_owner_from_refreshing() {
     let table = Table::new();
-    let (guard, mut client) = (table.lock("l").lock("worker-1").unwrap(), table.client());
+    let old = table.lock("l").lock("worker-1").unwrap();
+    let slow =
+        "CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON $T DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+            WHEN (OLD.version <> NEW.version) EXECUTE FUNCTION $T_slow()";
+    table.client().batch_execute(&slow.replace("$T", &table.name)).unwrap();
+    table.expire("l");
+    let theirs = table.short_lock("l", ms(2_000), ms(100));
+    let new = thread::spawn(move || theirs.lock("worker-2").unwrap());
+    let mut observer = table.client();
+    let commits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+    eventually("the takeover commits", || observer.query_one(commits, &[]).unwrap().get::<_, i64>(0) > 0);
+    // The statement by hand: its transaction stays open, as that of a process which is stopped.
+    let mut client = table.client();
     let mut transaction = client.transaction().unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
-    transaction.commit().unwrap();
-    assert!(guard.unlock_in(&mut client.transaction().unwrap()).unwrap_err().is_lease_lost());
-    assert!(guard.fence(&mut client.transaction().unwrap()).unwrap_err().is_lease_lost());
-    guard.unlock().unwrap();
+    let statement = old.fence_statement();
+    let rows =
+        transaction.query(&statement.sql, &[&statement.lock_id, &statement.version, &statement.lease_id]).unwrap();
+    assert!(rows.is_empty());
+    let error = old.unlock_in(transaction).unwrap_err();
+    assert!(error.is_lease_lost(), "{error:?}");
+    let new = new.join().unwrap();
+    is_refreshed(&new);
+    new.unlock().unwrap();
+    table.client().batch_execute(&"DROP TRIGGER slow ON $T; DROP FUNCTION $T_slow".replace("$T", &table.name)).unwrap();
 }
 
 #[test]
@@ -209,13 +262,8 @@ fn a_snapshot_from_before_a_refresh_asks_for_a_repetition() {
         let mut transaction = begin(&mut client, level);
         transaction.query_one("SELECT 1", &[]).unwrap();
         is_refreshed(&guard);
-        let error = guard.unlock_in(&mut transaction).unwrap_err();
-        let is_repeatable = |error: &Error| {
-            matches!(error, Error::Database { source, .. }
-            if source.code() == Some(&SqlState::T_R_SERIALIZATION_FAILURE))
-        };
-        assert!(is_repeatable(&error), "{error:?}");
-        transaction.rollback().unwrap();
+        let error = guard.unlock_in(transaction).unwrap_err();
+        assert_eq!(code(&error), Some(SqlState::T_R_SERIALIZATION_FAILURE));
         assert!(guard.is_held(), "as before");
         guard.unlock().unwrap();
     }
@@ -233,7 +281,7 @@ fn it_leaves_the_transactions_settings_alone() {
     };
     let before = read(&mut transaction);
     guard.fence(&mut transaction).unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
+    let mut transaction = guard.unlock_in(transaction).unwrap();
     assert_eq!(read(&mut transaction), before);
     transaction.commit().unwrap();
 }
@@ -244,14 +292,40 @@ fn a_transaction_that_stays_open_for_longer_than_the_lease_loses_the_hold_and_re
     with_number(&table);
     let (theirs, mut client) = (table.lock("l"), table.client());
     let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
-    let mut transaction = client.transaction().unwrap();
+    let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
     set(&mut transaction, &table, 1).unwrap();
-    guard.unlock_in(&mut transaction).unwrap();
-    // It can't be refreshed, and nobody else can have it.
-    eventually("the hold is lost", || guard.lost().is_lost());
+    // It isn't refreshed, and nobody else can have it.
+    assert!(takes_at_most(ms(2_000), "the loss", || guard.lost().wait_for(Duration::MAX)));
     assert!(theirs.try_lock_for("worker-2", ms(500)).unwrap().is_none());
     transaction.commit().unwrap();
     assert_eq!(number(&table), 1);
+    assert!(guard.lost().is_lost(), "for ever");
     assert!(theirs.try_lock_for("worker-2", ms(2_000)).unwrap().is_some());
     without_number(table);
+}
+
+/// Open transactions wait in nobody's way: not for connections of the library's, and not for its threads.
+#[test]
+fn transactions_that_stay_open_keep_no_other_hold_from_being_refreshed_or_released() {
+    let table = Table::new();
+    let storage = table.storage();
+    let guards: Vec<_> =
+        (0..6).map(|n| short_lock(&storage, &format!("open-{n}"), ms(20_000), ms(50)).lock("w").unwrap()).collect();
+    let other = short_lock(&storage, "other", ms(2_000), ms(50)).lock("w").unwrap();
+    let mut clients: Vec<Client> = guards.iter().map(|_| table.client()).collect();
+    let open: Vec<_> = guards
+        .iter()
+        .zip(&mut clients)
+        .map(|(guard, client)| guard.unlock_in(client.transaction().unwrap()).unwrap())
+        .collect();
+    thread::sleep(ms(2_500));
+    is_refreshed(&other);
+    takes_at_most(ms(1_000), "unlock", || other.unlock()).unwrap();
+    takes_at_most(ms(1_000), "try_lock", || {
+        drop(short_lock(&storage, "free", ms(2_000), ms(50)).try_lock("w").unwrap())
+    });
+    for transaction in open {
+        transaction.commit().unwrap();
+    }
+    assert!(guards.iter().all(|guard| !guard.is_held() && !guard.lost().is_lost()));
 }
