@@ -562,6 +562,24 @@ fn behind_a_pooler_the_same_is_told_and_nothing_of_a_reconnect() {
     }
 }
 
+/// The thread for which it was meant gives up while it is handed over.
+#[test]
+fn a_hold_that_nobody_got_is_not_told_of() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let (storage, log) = telling_with(Table::of(&proxy.dsn, &table.name).options());
+    let lock = unaware(&storage, "some-lock");
+    let guard = lock.lock("worker").unwrap();
+    let ours = lock.clone();
+    let waiting = waiting_thread(move || ours.try_lock_for("hurried", ms(500)).unwrap().is_none());
+    proxy.hold_back_answer_to(b"some-lock", ms(1_000));
+    guard.unlock().unwrap();
+    assert!(waiting.join().unwrap(), "it gave up");
+    assert_eq!(log.whats(), [What::Acquired, What::Released]);
+    assert!(log.all().iter().all(|told| told.version == Some(1)));
+    assert_eq!(lock.info().unwrap().map(|info| (info.version, info.is_held)), Some((2, false)));
+}
+
 /// Threads of two processes' worth of storages, which hand over, give up, enter again, take over and lose.
 #[test]
 fn what_was_acquired_was_released_or_lost_or_is_held() {
