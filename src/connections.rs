@@ -17,7 +17,7 @@ use r2d2::{ManageConnection, NopErrorHandler, Pool, PooledConnection};
 use r2d2_postgres::PostgresConnectionManager;
 
 use crate::error::{Error, Result};
-use crate::events::Events;
+use crate::events::{Event, Events};
 use crate::session::{Route, Session};
 use crate::sql;
 use crate::stragglers::{self, Stragglers};
@@ -224,13 +224,18 @@ impl Opener {
         if self.stragglers.lock().unwrap_or_else(PoisonError::into_inner).may_add(stuck, began) {
             let (config, route, failed) = (self.config.clone(), Arc::clone(&self.route), sender.clone());
             let started = thread::Builder::new().name("lock-connect".to_owned()).spawn(move || {
-                let opened = open(&config, route).and_then(|mut session| {
+                let opened = open(&config, Arc::clone(&route)).and_then(|mut session| {
                     prepare(&mut session)?;
                     Ok(session)
                 });
+                let is_reconnect = opened.is_ok() && route.ends_interruption();
                 drop(under_way);
                 // If nobody waits any more, the session is closed here.
                 drop(sender.send(opened.map_err(|source| Error::Connect { source })));
+                // Last: whoever is told may take its time, or use the storage, and so wait for this very connection.
+                if is_reconnect {
+                    route.events.tell(|| Event::Reconnected {});
+                }
             });
             if let Err(source) = started {
                 drop(failed.send(Err(Error::Thread { source })));
@@ -278,7 +283,6 @@ fn open(config: &Config, route: Arc<Route>) -> Result<Session, postgres::Error> 
             opened => Session::new(opened?, true, route, generation)?,
         }
     };
-    session.tell_opening();
     log::debug!(target: "storage_lock", "opened a connection");
     Ok(session)
 }

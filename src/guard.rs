@@ -95,6 +95,7 @@ impl LockGuard {
         };
         if is_done {
             // By the commit of a transaction.
+            self.tell_release(true);
             return Ok(());
         }
         if !hold.is_held() {
@@ -105,15 +106,25 @@ impl LockGuard {
             }
             return Err(hold.lost());
         }
-        self.storage.release(hold)?;
-        self.tell_release();
-        Ok(())
+        let result = self.storage.release(hold);
+        if !result.as_ref().is_err_and(Error::is_lease_lost) {
+            self.tell_release(result.is_ok());
+        }
+        result
     }
 
-    pub(crate) fn tell_release(&self) {
+    pub(crate) fn tell_release(&self, is_confirmed: bool) {
         let (lock_id, owner_id, version) = self.hold.names();
-        self.storage.events().tell(|| Event::Released { lock_id, owner_id, version, held: self.hold.began.elapsed() });
-        log::debug!(target: "storage_lock", "released lock {lock_id:?} (version {version})");
+        // One that a transaction released may have been lost before, and is told once.
+        let is_mine_to_tell = self.hold.state().tell_end();
+        if !is_mine_to_tell {
+            return;
+        }
+        let held = self.hold.began.elapsed();
+        self.storage.events().tell(|| Event::Released { lock_id, owner_id, version, held, is_confirmed });
+        if is_confirmed {
+            log::debug!(target: "storage_lock", "released lock {lock_id:?} (version {version})");
+        }
     }
 
     /// Whether a loss that ended this guard is for it to tell, and not told yet.
@@ -121,7 +132,11 @@ impl LockGuard {
         if !error.is_lease_lost() {
             return true;
         }
-        let is_mine_to_tell = self.hold.state().tell();
+        let is_mine_to_tell = {
+            let mut state = self.hold.state();
+            // While there are other guards, the refresh thread tells, and calls who wants to hear of a loss.
+            state.guards == 0 && state.tell_end()
+        };
         if is_mine_to_tell {
             self.hold.tell_loss(self.storage.events());
         }

@@ -38,8 +38,8 @@ pub(crate) struct HoldState {
     pub(crate) is_wanted: bool,
     /// What came of the refresh of this number, and how long it took.
     pub(crate) answer: Option<(u64, Result<Duration>)>,
-    /// Its loss has been told.
-    pub(crate) is_told: bool,
+    /// Its beginning has been told, and its end, a loss or a release, has not.
+    pub(crate) owes_end: bool,
     pub(crate) unlocking: Unlocking,
 }
 
@@ -78,9 +78,9 @@ impl HoldState {
         self.guards == 0 || self.unlocking == Unlocking::Done
     }
 
-    /// The loss is going to be told by whoever asks; false if somebody else has done so.
-    pub(crate) fn tell(&mut self) -> bool {
-        !std::mem::replace(&mut self.is_told, true)
+    /// Its end is going to be told by whoever asks; false if somebody else has done so, or nobody was told that it began.
+    pub(crate) fn tell_end(&mut self) -> bool {
+        std::mem::take(&mut self.owes_end)
     }
 }
 
@@ -100,7 +100,7 @@ impl Hold {
             is_gone: false,
             is_wanted: granted.is_wanted,
             answer: None,
-            is_told: false,
+            owes_end: false,
             unlocking: Unlocking::No,
         };
         Hold {

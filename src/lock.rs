@@ -149,9 +149,10 @@ impl StorageLock {
                             return self.guard(hold, began, is_takeover).map(Some);
                         }
                         Ok(Attempt::Busy(busy)) => {
-                            self.tell_busy(owner_id, &busy);
                             waiting.place.busy(&busy, self.storage.listening(), &patience);
                             self.storage.listen();
+                            // Those behind in the line don't wait for whoever is told.
+                            self.tell_busy(owner_id, &busy);
                         }
                         Err(error) => waiting.place.failed(error, asked, &patience)?,
                     }
@@ -194,9 +195,9 @@ impl StorageLock {
     /// The guard of a hold that was asked for since `began`.
     fn guard(&self, hold: Arc<Hold>, began: Instant, is_takeover: bool) -> Result<LockGuard> {
         let guard = LockGuard::new(self.storage.clone(), Arc::clone(&hold));
-        // Without a refresh thread there is no hold: the guard is dropped here.
-        refresh::start(&self.storage, &hold)?;
+        hold.state().owes_end = true;
         let (lock_id, owner_id, version) = hold.names();
+        // Before there is a thread that could tell of a refresh or a loss.
         self.storage.events().tell(|| Event::Acquired {
             lock_id,
             owner_id,
@@ -204,6 +205,8 @@ impl StorageLock {
             waited: began.elapsed(),
             is_takeover,
         });
+        // Without a refresh thread there is no hold: the guard is dropped here.
+        refresh::start(&self.storage, &hold)?;
         log::debug!(target: "storage_lock", "{owner_id:?} acquired lock {lock_id:?} as version {version}");
         Ok(guard)
     }

@@ -101,8 +101,28 @@ impl PostgresStorageOptions {
 
     /// What to call when something happens to a lock of this storage: see [`Event`]. Default: nothing, at no cost.
     ///
-    /// It is called on the thread to which it happens, which may be a caller's or one that refreshes a lease, so it has to be quick: count,
-    /// or send it elsewhere. If it panics, a warning is logged, and everything goes on.
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    /// use storage_lock::{Event, PostgresStorageOptions};
+    ///
+    /// let takeovers = Arc::new(AtomicU64::new(0));
+    /// let counter = Arc::clone(&takeovers);
+    /// let options = PostgresStorageOptions::from_dsn("host=db user=app").on_event(move |event| match event {
+    ///     Event::Acquired { is_takeover: true, .. } => drop(counter.fetch_add(1, Ordering::Relaxed)),
+    ///     Event::Lost { lock_id, version, .. } => eprintln!("lost {lock_id} as version {version}"),
+    ///     _ => {}
+    /// });
+    /// ```
+    ///
+    /// Example `prometheus` turns all of them into metrics.
+    ///
+    /// It is called on the thread to which it happens, also on several at once: a caller's, before its call returns; one that refreshes a lease;
+    /// or one that has opened a connection. So it has to be quick: count, or send it elsewhere. One that takes long delays that
+    /// thread, and a hold is lost whose refresh is delayed for too long. No mutex is held, and it may use the storage; but it must not
+    /// wait for a lock, because the thread that it is on may be the one to release it, and what it does to locks is told as well. If it
+    /// panics, a warning is logged, and everything goes on. If it keeps a clone of the storage, or a lock or guard of it, the storage
+    /// is never closed.
     #[must_use]
     pub fn on_event(mut self, on_event: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
         self.events = Events::to(on_event);

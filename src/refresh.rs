@@ -68,7 +68,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
         if now >= state.term.loss_time() || !state.term.is_held(now) {
             // For good: an answer that comes now finds the hold lost.
             state.term.lose();
-            let is_mine_to_tell = state.tell();
+            let is_mine_to_tell = state.tell_end();
             hold.changed.notify_all();
             drop(state);
             storage.lines().lose_hold(hold);
@@ -91,7 +91,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 log::trace!(target: "storage_lock", "refreshed lock {:?}", hold.claim.lock_id);
                 None
             }
-            (Some((number, Err(error))), _) if number == attempt => {
+            (Some((number, Err(error))), Next::Answer { .. }) if number == attempt => {
                 drop(state);
                 failures += 1;
                 Some((error, backoff(failures).min(hold.remaining() / 2)))

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInformation};
 use crate::error::is_serialization_failure;
-use crate::events::{Event, Events};
+use crate::events::Events;
 use crate::sql::{self, Prepared, Sql};
 
 /// What all sessions of a storage know of the way to the server.
@@ -33,7 +33,7 @@ pub(crate) struct Route {
     pub(crate) generation: AtomicU64,
     /// A connection broke, and none has been opened since.
     is_interrupted: AtomicBool,
-    events: Events,
+    pub(crate) events: Events,
 }
 
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
@@ -96,22 +96,18 @@ impl Session {
     }
 
     /// Not to be used again, and neither are the connections that were opened before now.
-    pub(crate) fn mark_broken(&mut self) {
+    pub(crate) fn mark_broken(&mut self, fault: &Fault) {
         self.is_broken = true;
-        self.tell_break();
+        // One that turned out to be a pooler's is well.
+        if !matches!(fault, Fault::Pooled) {
+            self.tell_break();
+        }
         self.route.generation.fetch_max(self.generation + 1, Ordering::Relaxed);
     }
 
     /// This connection broke.
     pub(crate) fn tell_break(&self) {
         self.route.is_interrupted.store(true, Ordering::Relaxed);
-    }
-
-    /// This connection was opened.
-    pub(crate) fn tell_opening(&self) {
-        if self.route.is_interrupted.swap(false, Ordering::Relaxed) {
-            self.route.events.tell(|| Event::Reconnected {});
-        }
     }
 
     /// One attempt, one statement. A waiter keeps to the line, and stands in it afterwards if the lock is busy; without
@@ -371,6 +367,11 @@ const NOT_OUR_STATEMENT: [SqlState; 5] = [
 impl Route {
     pub(crate) fn new(events: Events) -> Route {
         Route { events, ..Route::default() }
+    }
+
+    /// A connection was opened: whether one had broken before.
+    pub(crate) fn ends_interruption(&self) -> bool {
+        self.is_interrupted.swap(false, Ordering::Relaxed)
     }
 
     pub(crate) fn recognise_pooler(&self, why: &str) {

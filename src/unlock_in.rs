@@ -84,7 +84,7 @@ impl LockGuard {
     pub(crate) fn unlocked(&self) {
         self.hold.set_unlocking(Unlocking::Done);
         self.storage.lines().lose_hold(&self.hold);
-        self.tell_release();
+        self.tell_release(true);
     }
 
     /// The answer to its commit was lost: asks what became of it.

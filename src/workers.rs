@@ -163,7 +163,7 @@ impl Workers {
                         Err(fault) => {
                             is_unknown |= fault.is_outcome_unknown();
                             if fault.is_connection_fault() {
-                                session.mark_broken();
+                                session.mark_broken(&fault);
                                 if tries < MAX_TRIES && reply.is_wanted() {
                                     return Next::TryAgain;
                                 }
@@ -224,7 +224,7 @@ impl Workers {
                 Ok(value) => Ok(value),
                 Err(fault) => {
                     if fault.is_connection_fault() {
-                        session.mark_broken();
+                        session.mark_broken(&fault);
                     }
                     Err(fault.into_error(&action))
                 }

@@ -348,7 +348,7 @@ impl Session {
         0
     }
 
-    pub(crate) fn mark_broken(&mut self) {
+    pub(crate) fn mark_broken(&mut self, _: &Fault) {
         self.is_broken = true;
     }
 

@@ -1,5 +1,6 @@
 //! The examples as a user runs them.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -81,6 +82,60 @@ fn an_object_elsewhere_refuses_a_late_writer() {
              worker-2: written as version 2\n\
              there is: Some(\"second report\")\n"
         );
+    });
+}
+
+/// Each line as Prometheus reads it, and what the numbers have to be.
+#[test]
+fn events_become_metrics_in_the_text_format() {
+    with_database(|dsn| {
+        let output = example("prometheus", &[], dsn);
+        assert!(output.status.success(), "{}", text(&output));
+        let text = text(&output);
+        let (mut types, mut values) = (HashMap::new(), HashMap::new());
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = rest.split_once(' ').unwrap();
+                assert_eq!(types.insert(name, kind), None, "{name} has two types");
+            } else if !line.starts_with("# HELP ") {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                let name = series.split('{').next().unwrap();
+                let is_typed = types.keys().any(|known| {
+                    name == *known || ["_bucket", "_sum", "_count"].iter().any(|part| name == format!("{known}{part}"))
+                });
+                assert!(is_typed && name.starts_with("storage_lock_"), "{line}");
+                assert_eq!(values.insert(series, value.parse::<f64>().unwrap()), None, "{series} comes twice");
+            }
+        }
+        assert_eq!(types.len(), 9, "{types:?}");
+        for (name, kind) in &types {
+            let expected = match *name {
+                "storage_lock_held" => "gauge",
+                _ if name.ends_with("_seconds") => "histogram",
+                _ if name.ends_with("_total") => "counter",
+                _ => "a name for it",
+            };
+            assert_eq!(*kind, expected, "{name}");
+        }
+        for (series, value) in [
+            ("storage_lock_acquires_total{takeover=\"false\"}", 10.0),
+            ("storage_lock_acquires_total{takeover=\"true\"}", 0.0),
+            ("storage_lock_acquire_wait_seconds_count", 10.0),
+            ("storage_lock_acquire_wait_seconds_bucket{le=\"+Inf\"}", 10.0),
+            ("storage_lock_releases_total{confirmed=\"true\"}", 9.0),
+            ("storage_lock_releases_total{confirmed=\"false\"}", 0.0),
+            ("storage_lock_losses_total", 0.0),
+            ("storage_lock_held", 1.0),
+            ("storage_lock_reconnects_total", 0.0),
+        ] {
+            assert_eq!(values.get(series), Some(&value), "{series} in {text}");
+        }
+        assert!(values["storage_lock_busy_total"] >= 1.0, "{text}");
+        let (refreshes, took) =
+            (values["storage_lock_refresh_seconds_count"], values["storage_lock_refresh_seconds_sum"]);
+        assert!(refreshes >= 1.0 && took > 0.0 && took < refreshes * 2.0, "{text}");
+        // The second and the third worker waited for others, which worked.
+        assert!(values["storage_lock_acquire_wait_seconds_sum"] > 0.3, "{text}");
     });
 }
 

@@ -13,6 +13,7 @@
 mod support;
 
 mod connections;
+mod events;
 mod examples;
 mod fence;
 mod fuzz;

@@ -15,15 +15,15 @@ use postgres::{Client, Config, NoTls};
 
 use crate::support::{Table, dsn, is_refreshed, ms, short_lock, within};
 
-struct Pgbouncer {
-    dsn: String,
+pub struct Pgbouncer {
+    pub dsn: String,
     process: Child,
     folder: PathBuf,
 }
 
 impl Pgbouncer {
     /// With two server connections, which it hands out in turns.
-    fn start(settings: &str) -> Option<Pgbouncer> {
+    pub fn start(settings: &str) -> Option<Pgbouncer> {
         let binary = ["pgbouncer", "/usr/sbin/pgbouncer"].into_iter().find(|binary| {
             Command::new(binary).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
         });

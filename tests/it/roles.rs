@@ -1,17 +1,18 @@
 //! What child processes do.
 
 use std::collections::HashSet;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use storage_lock::{LockGuard, Result};
+use storage_lock::{LockGuard, PostgresStorage, Result};
 
 use crate::fence::{LEVELS, begin, set};
 use crate::leaks;
 use crate::support::child::{role, say, wait_for_parent};
-use crate::support::{Table, chain, eventually, ms, short_lock, takes_at_most, waiting_thread};
+use crate::support::{Table, chain, eventually, is_refreshed, ms, short_lock, takes_at_most, waiting_thread};
 
 /// Not a test of its own: the body of every child process.
 #[test]
@@ -25,6 +26,7 @@ fn child_process() {
         ("open", []) => open(&table),
         ("poll", []) => poll(&table),
         ("lose locks", []) => lose_locks(&table),
+        ("panic at events", []) => panic_at_events(&table),
         ("healthy run", []) => healthy_run(&table),
         ("threads", []) => threads(&table),
         ("slow logger", []) => slow_logger(&table),
@@ -161,6 +163,54 @@ fn poll(table: &Table) {
         before = now;
         thread::sleep(ms(1));
     }
+}
+
+/// Lives through one of each event with a callback that panics, and says how often it was told something.
+fn panic_at_events(table: &Table) {
+    env_logger::Builder::new().filter_module("storage_lock", log::LevelFilter::Warn).init();
+    let told = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&told);
+    let storage = PostgresStorage::new(table.options().on_event(move |event| {
+        count.fetch_add(1, Ordering::SeqCst);
+        panic!("told of {event:?}");
+    }))
+    .expect("open the storage");
+    let lock = short_lock(&storage, "l", ms(2_000), ms(50));
+    let guard = lock.lock("worker").expect("lock");
+    is_refreshed(&guard);
+    assert!(lock.try_lock("other").expect("try_lock").is_none());
+    table.execute("ALTER TABLE $T RENAME TO $T_away");
+    let before = guard.remaining();
+    eventually("a refresh fails", || guard.remaining() < before.saturating_sub(ms(500)));
+    table.execute("ALTER TABLE $T_away RENAME TO $T");
+    is_refreshed(&guard);
+    // The connection breaks.
+    table.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%$T%' AND pid <> pg_backend_pid()",
+    );
+    is_refreshed(&guard);
+    // While it unwinds, and while another thread waits for the hand-over.
+    let waiter = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("waiter").expect("lock").unlock().expect("unlock"))
+    };
+    let unwound = catch_unwind(AssertUnwindSafe(move || {
+        let _guard = guard;
+        panic!("on purpose, while holding");
+    }));
+    assert!(unwound.is_err());
+    takes_at_most(ms(5_000), "the hand-over", || waiter.join().expect("a waiter"));
+    let guard = lock.lock("worker").expect("lock");
+    table.execute("UPDATE $T SET version = version + 1");
+    eventually("it is lost", || !guard.is_held());
+    assert!(guard.unlock().expect_err("lost").is_lease_lost());
+    // What the refresh thread still has to say: nothing is told from here on.
+    let mut before = 0;
+    eventually("all is told", || {
+        std::thread::sleep(ms(200));
+        std::mem::replace(&mut before, told.load(Ordering::SeqCst)) == told.load(Ordering::SeqCst)
+    });
+    say(before);
 }
 
 /// Loses a lock that it hears of, one that it doesn't before the drop, and one that it unlocks; with all logs on standard error.
