@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::server::Table;
-use crate::{processes, thousand, waiting};
+use crate::{fenced, processes, thousand, waiting};
 
 /// Role, DSN, table and arguments, a line each.
 const ROLE: &str = "STORAGE_LOCK_BENCH_ROLE";
@@ -23,6 +23,7 @@ pub fn run() -> bool {
     match *role {
         processes::ROLE => processes::child(&table, arguments),
         waiting::ROLE => waiting::child(&table, arguments),
+        fenced::ROLE => fenced::child(&table, arguments),
         thousand::ROLE => thousand::child(&table, arguments),
         other => panic!("{ROLE}: unknown role {other:?}"),
     }

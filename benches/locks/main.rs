@@ -21,6 +21,7 @@ mod server;
 #[path = "../../src/sql.rs"]
 mod sql;
 
+mod fenced;
 mod large_table;
 mod long_transaction;
 mod many_locks;
@@ -37,7 +38,7 @@ use std::process::ExitCode;
 use context::Context;
 use figures::Section;
 
-const USAGE: &str = "usage: cargo bench -- [--short] [--out FOLDER] [b1 b2 b3 b4 b5 b6 b7 b8]";
+const USAGE: &str = "usage: cargo bench -- [--short] [--out FOLDER] [b1 b2 b3 b4 b5 b6 b7 b8 b9]";
 
 struct Benchmark {
     id: &'static str,
@@ -45,7 +46,7 @@ struct Benchmark {
     run: fn(&Context) -> Section,
 }
 
-const BENCHMARKS: [Benchmark; 8] = [
+const BENCHMARKS: [Benchmark; 9] = [
     Benchmark { id: "B1", title: "lock and unlock, nobody else", run: uncontended::run },
     Benchmark { id: "B2", title: "ten threads of one process, one lock", run: threads::run },
     Benchmark { id: "B3", title: "eight processes with two threads each, one lock", run: processes::run },
@@ -54,6 +55,7 @@ const BENCHMARKS: [Benchmark; 8] = [
     Benchmark { id: "B6", title: "lock and unlock beside a long transaction", run: long_transaction::run },
     Benchmark { id: "B7", title: "lock and unlock beside a million other locks", run: large_table::run },
     Benchmark { id: "B8", title: "64 locks, 16 threads of one process", run: many_locks::run },
+    Benchmark { id: "B9", title: "a one-row transaction that is fenced", run: fenced::run },
 ];
 
 fn main() -> ExitCode {

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use rand::seq::SliceRandom;
 
 /// Durations in nanoseconds, to three digits.
 pub type Times = Histogram<u64>;
@@ -122,6 +123,29 @@ pub fn alternate(
         .collect()
 }
 
+/// Several sides that take turns cycle by cycle, in an order that changes, where slices of one would differ by the time at which
+/// they came. One round doesn't count. A slice's time is that of its own cycles.
+pub fn interleave<const N: usize>(rounds: usize, length: Duration, mut cycle: impl FnMut(usize)) -> Vec<[Slice; N]> {
+    let mut order: [usize; N] = std::array::from_fn(|side| side);
+    let mut round = || {
+        let mut slices = [(); N].map(|()| Slice { times: times(), elapsed: Duration::ZERO });
+        let end = Instant::now() + length;
+        while Instant::now() < end {
+            order.shuffle(&mut rand::rng());
+            for side in order {
+                let before = Instant::now();
+                cycle(side);
+                let took = before.elapsed();
+                record(&mut slices[side].times, took);
+                slices[side].elapsed += took;
+            }
+        }
+        slices
+    };
+    round();
+    (0..rounds).map(|_| round()).collect()
+}
+
 /// Runs something several times, each between two slices of a yardstick: the results, and the yardstick's mean rate
 /// before and after each.
 pub fn between<T>(rounds: usize, mut run: impl FnMut() -> T, mut yardstick: impl FnMut() -> Slice) -> Vec<(T, f64)> {
@@ -141,13 +165,16 @@ pub fn between<T>(rounds: usize, mut run: impl FnMut() -> T, mut yardstick: impl
 /// For a CSV file: the rounds of [`alternate`].
 pub fn slice_rows(pairs: &[(Slice, Slice)], sides: [&str; 2]) -> Vec<Vec<String>> {
     let rows = pairs.iter().zip(1..).flat_map(|((ours, yardstick), round)| {
-        [(sides[0], ours), (sides[1], yardstick)].map(|(side, slice)| {
-            let mut row = vec![round.to_string(), side.to_owned()];
-            row.extend(slice.columns());
-            row
-        })
+        [(sides[0], ours), (sides[1], yardstick)].map(|(side, slice)| slice_row(round, side, slice))
     });
     rows.collect()
+}
+
+/// For a CSV file: one slice of a side in a round.
+pub fn slice_row(round: usize, side: &str, slice: &Slice) -> Vec<String> {
+    let mut row = vec![round.to_string(), side.to_owned()];
+    row.extend(slice.columns());
+    row
 }
 
 /// The median of several rounds, and their range.
