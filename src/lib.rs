@@ -29,7 +29,8 @@
 //! - [`PostgresStorage`]: the table on its server, shared by any number of locks, with [`PostgresStorageOptions`];
 //!   [`LockOptions`] for a lock of its own settings; [`LockInformation`] to look at locks without taking them.
 //! - [`LockGuard::transaction`], [`fence`](LockGuard::fence) and [`unlock_in`](LockGuard::unlock_in): what you write in the same database, and the
-//!   release, committed only if the lock is still held; [`FenceStatement`] for other drivers.
+//!   release, committed only if the lock is still held; [`UnlockTransaction`] and [`FenceStatement`] are what the last ones return, and
+//!   what other drivers need.
 //! - [`LostSignal`]: whether a hold is lost, to look at and to wait for; [`LockOptions::on_lost`] is called. [`Event`]s are for counting.
 //! - [`Error`]: everything that can go wrong.
 //!
