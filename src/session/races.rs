@@ -307,6 +307,34 @@ fn release_and_refresh_are_idempotent() {
 }
 
 /// Behind a pooler, the statement of that name may be another one, or the same one for another table.
+/// A holder of the past is stopped in the transaction that would have released the lock.
+#[test]
+fn a_release_that_has_waited_for_a_takeover_leaves_the_next_owners_row_to_be_refreshed() {
+    let table = Table::new();
+    let (mut session, mut taker, mut zombie) = (session(), client(), client());
+    let (old, new) = (claim("l", LONG), claim("l", LONG));
+    assert!(take(&mut session, &table.sql, &old).is_some());
+    let mut takeover = taker.transaction().unwrap();
+    let sql = format!("UPDATE {} SET version = version + 1, lease_id = $1", table.sql.table);
+    takeover.execute(&sql, &[&new.lease_id]).unwrap();
+    let mut stopped = zombie.transaction().unwrap();
+    let backend: i32 = stopped.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let mut transaction = thread::scope(|scope| {
+        let lease_id = old.lease_id.to_string();
+        let unlocking = scope.spawn(|| {
+            let row = stopped.query_one(&table.sql.unlock_in, &[&"l", &1_i64, &lease_id]).unwrap();
+            assert!(!row.get::<_, bool>(0), "released its successor's hold");
+            stopped
+        });
+        let waits = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND NOT granted";
+        while client().query_one(waits, &[&backend]).unwrap().get::<_, i64>(0) == 0 {}
+        takeover.commit().unwrap();
+        unlocking.join().unwrap()
+    });
+    transaction.query_one("SELECT 1", &[]).expect("it is open");
+    assert!(session.refresh(&table.sql, &new, 2).unwrap().is_some());
+}
+
 #[test]
 fn a_statement_in_another_place_does_nothing() {
     let (table, other) = (Table::new(), Table::new());

@@ -222,37 +222,6 @@ fn a_hold_that_was_taken_over_releases_nothing_and_says_so() {
     }
 }
 
-/// An update that has waited for a takeover would lock the row of the next owner.
-#[test]
-fn a_release_that_comes_while_the_lock_is_taken_over_does_not_keep_the_next_owner_from_refreshing() {
-    let table = Table::new();
-    let old = table.lock("l").lock("worker-1").unwrap();
-    let slow =
-        "CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END';
-        CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON $T DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-            WHEN (OLD.version <> NEW.version) EXECUTE FUNCTION $T_slow()";
-    table.client().batch_execute(&slow.replace("$T", &table.name)).unwrap();
-    table.expire("l");
-    let theirs = table.short_lock("l", ms(2_000), ms(100));
-    let new = thread::spawn(move || theirs.lock("worker-2").unwrap());
-    let mut observer = table.client();
-    let commits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
-    eventually("the takeover commits", || observer.query_one(commits, &[]).unwrap().get::<_, i64>(0) > 0);
-    // The statement by hand: its transaction stays open, as that of a process which is stopped.
-    let mut client = table.client();
-    let mut transaction = client.transaction().unwrap();
-    let statement = old.fence_statement();
-    let rows =
-        transaction.query(&statement.sql, &[&statement.lock_id, &statement.version, &statement.lease_id]).unwrap();
-    assert!(rows.is_empty());
-    let error = old.unlock_in(transaction).unwrap_err();
-    assert!(error.is_lease_lost(), "{error:?}");
-    let new = new.join().unwrap();
-    is_refreshed(&new);
-    new.unlock().unwrap();
-    table.client().batch_execute(&"DROP TRIGGER slow ON $T; DROP FUNCTION $T_slow".replace("$T", &table.name)).unwrap();
-}
-
 #[test]
 fn a_snapshot_from_before_a_refresh_asks_for_a_repetition() {
     for level in [IsolationLevel::RepeatableRead, IsolationLevel::Serializable] {
