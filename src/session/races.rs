@@ -319,8 +319,8 @@ fn a_release_that_has_waited_for_a_takeover_leaves_the_next_owners_row_to_be_ref
     takeover.execute(&sql, &[&new.lease_id]).unwrap();
     let mut stopped = zombie.transaction().unwrap();
     let backend: i32 = stopped.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let lease_id = old.lease_id.to_string();
     let mut transaction = thread::scope(|scope| {
-        let lease_id = old.lease_id.to_string();
         let unlocking = scope.spawn(|| {
             let row = stopped.query_one(&table.sql.unlock_in, &[&"l", &1_i64, &lease_id]).unwrap();
             assert!(!row.get::<_, bool>(0), "released its successor's hold");
