@@ -42,6 +42,27 @@ pub enum Ending {
     Drop,
     /// The guard is forgotten, and the process ends soon.
     Abandon,
+    /// As part of a transaction that writes, and is committed or rolled back.
+    UnlockIn {
+        id: u64,
+        commits: bool,
+    },
+}
+
+/// How a write is made to depend on the hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fence {
+    /// By `transaction`, which fences last.
+    Transaction,
+    First,
+    Last,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Level {
+    ReadCommitted,
+    RepeatableRead,
+    Serializable,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,11 +77,15 @@ pub enum Call {
         lock: String,
         version: i64,
     },
-    /// Writes to the register of the lock, with the version.
+    /// Writes to the register of the lock, with the version, if the hold lasts until then.
     Write {
         lock: String,
         version: i64,
         id: u64,
+        fence: Fence,
+        /// As long as nobody else has the lock.
+        is_past_deadline: bool,
+        level: Level,
     },
     Release {
         lock: String,
@@ -77,6 +102,14 @@ impl Call {
             | Call::Look { lock, .. }
             | Call::Write { lock, .. }
             | Call::Release { lock, .. } => Some(lock),
+        }
+    }
+
+    /// What it writes, if it does.
+    pub fn write_id(&self) -> Option<u64> {
+        match self {
+            Call::Write { id, .. } | Call::Release { how: Ending::UnlockIn { id, commits: true }, .. } => Some(*id),
+            _ => None,
         }
     }
 
@@ -97,6 +130,7 @@ pub enum Failure {
     /// With the SQLSTATE, if the server said anything.
     Database(Option<String>),
     LeaseLost,
+    Fence,
     Other,
 }
 
@@ -108,12 +142,16 @@ pub enum Outcome {
     Held(Nanos),
     NotHeld,
     Done,
+    /// As it was meant to.
+    RolledBack,
     Failed(Failure, String),
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Event {
     Begin(Call, Nanos),
+    /// What the call is writing is not committed yet.
+    Uncommitted,
     End(Outcome),
     /// What was left when everything had been dropped: threads by name, and sockets.
     Left(Vec<String>, usize),
@@ -149,6 +187,11 @@ impl Recorder {
         value
     }
 
+    /// The call that a thread is in has yet to ask for its commit.
+    pub fn uncommitted(&self, thread: u32) {
+        self.write(thread, Event::Uncommitted);
+    }
+
     pub fn left(&self, threads: Vec<String>, sockets: usize) {
         self.write(0, Event::Left(threads, sockets));
     }
@@ -170,6 +213,8 @@ pub struct Operation {
     pub begin: Nanos,
     /// What the documentation says that it takes at most.
     pub limit: Nanos,
+    /// The last time at which what it writes can't have been committed.
+    pub uncommitted: Option<Nanos>,
     /// None if nobody knows.
     pub end: Option<(Nanos, Outcome)>,
 }
@@ -283,8 +328,11 @@ impl History {
                 serde_json::from_str(line).unwrap_or_else(|error| panic!("process {process}: {error}: {line}"));
             match event {
                 Event::Begin(call, limit) => {
-                    let operation = Operation { process, thread, call, begin: at, limit, end: None };
+                    let operation = Operation { process, thread, call, begin: at, limit, uncommitted: None, end: None };
                     self.operations.extend(open.insert(thread, operation));
+                }
+                Event::Uncommitted => {
+                    open.get_mut(&thread).expect("in a call").uncommitted = Some(at);
                 }
                 Event::End(outcome) => {
                     let mut operation = open.remove(&thread).expect("an end without a beginning");

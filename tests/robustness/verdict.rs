@@ -5,12 +5,12 @@
 //! | 0 | the history is one: whole, in order, and of the time in which it was made |
 //! | 1 | one owner: no hold is trusted while, or after, a newer one is |
 //! | 2 | versions grow with every hold, in the order of the holds, and belong to one hold each |
-//! | 3 | no write of an older hold comes after one of a newer hold, if its writer trusted its hold until after its answer |
+//! | 3 | no write of an older hold is committed after one of a newer hold, nor once a newer hold was taken |
 //! | 4 | after the last fault everybody gets every lock within a lease and 5 s; nothing is left over at the end |
 //! | 5 | no call takes longer than its documentation says |
 //! | 6 | nothing panics, and no error comes that no fault explains |
 //! | 7 | no lock is refused that nobody else wants, where nothing but an answer was lost |
-//! | 8 | no hold is lost before its deadline, nor left without a refresh while nothing hurts |
+//! | 8 | no hold is lost before its deadline, nor left without a refresh while nothing hurts; no write of a hold that lasts is refused |
 //!
 //! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
 //! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a
@@ -27,7 +27,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::time::Duration;
 
-use crate::history::{Call, Ending, Failure, Fault, History, Kind, LifeEnd, Nanos, Operation, Outcome, Written, nanos};
+use crate::history::{
+    Call, Ending, Failure, Fault, History, Kind, Level, LifeEnd, Nanos, Operation, Outcome, Written, nanos,
+};
 use crate::workload::{HOT, OWN, QUEUE};
 
 /// What is allowed beyond a promised time, on a machine that does other things as well.
@@ -54,6 +56,11 @@ pub struct Times {
 impl Times {
     fn lease_of(&self, lock: &str) -> Duration {
         if lock.starts_with(OWN) { self.own_lease } else { self.lease }
+    }
+
+    /// How long before the deadline a hold may be told to be lost: a hundredth of the lease, at most 100 ms.
+    fn told_early(&self, lock: &str) -> Duration {
+        (self.lease_of(lock) / 100).min(Duration::from_millis(100))
     }
 }
 
@@ -82,8 +89,12 @@ pub struct Counts {
     pub unanswered: usize,
     pub faults: usize,
     pub kills: usize,
-    /// Writes of an older hold after one of a newer one, all by writers that had lost, or could not know: what a fence is for.
-    pub late_writes: usize,
+    /// Writes that were committed.
+    pub writes: usize,
+    /// Those that were refused because the hold was lost.
+    pub refused: usize,
+    /// Those of them that came when a newer hold had been taken: what a fence is for.
+    pub refused_late: usize,
 }
 
 impl std::ops::AddAssign for Counts {
@@ -95,17 +106,19 @@ impl std::ops::AddAssign for Counts {
         self.unanswered += other.unanswered;
         self.faults += other.faults;
         self.kills += other.kills;
-        self.late_writes += other.late_writes;
+        self.writes += other.writes;
+        self.refused += other.refused;
+        self.refused_late += other.refused_late;
     }
 }
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, late_writes } = self;
+        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, writes, refused, refused_late } = self;
         write!(
             f,
             "{holds} holds, {takeovers} takeovers, {lost} losses, {calls} calls ({unanswered} unanswered), \
-             {faults} faults ({kills} kills), {late_writes} late writes"
+             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer hold)"
         )
     }
 }
@@ -157,7 +170,7 @@ impl<'a> Hold<'a> {
 
     fn was_given_back(&self) -> bool {
         self.release.is_some_and(|release| {
-            release.outcome() == Some(&Outcome::Done)
+            matches!(release.outcome(), Some(Outcome::Done | Outcome::RolledBack))
                 && !matches!(release.call, Call::Release { how: Ending::Abandon, .. })
                 && self.lost_at.is_none()
         })
@@ -191,15 +204,16 @@ pub fn judge(history: &History, times: Times) -> (Vec<Violation>, Counts) {
     judge.one_owner(&mut found);
     judge.undone_owners_are_told(&mut found);
     judge.versions_grow(&mut found);
-    let late_writes = judge.no_stale_write(&mut found);
+    judge.no_stale_write(&mut found);
     judge.everybody_recovers(&mut found);
     judge.nothing_is_left(&mut found);
     judge.no_call_takes_too_long(&mut found);
     judge.nothing_unexpected(&mut found);
     judge.nothing_refused_for_nothing(&mut found);
     judge.no_hold_lost_for_nothing(&mut found);
+    judge.no_write_refused_for_nothing(&mut found);
     found.0.sort_by_key(|violation| (violation.rule, violation.at));
-    (found.0, Counts { late_writes, ..judge.counts() })
+    (found.0, judge.counts())
 }
 
 fn holds(history: &History) -> BTreeMap<&str, Vec<Hold<'_>>> {
@@ -232,8 +246,22 @@ impl<'a> Judge<'a> {
             unanswered: history.operations.iter().filter(|operation| operation.end.is_none()).count(),
             faults: history.faults.len(),
             kills: history.lives.iter().filter(|life| life.ending == Some(LifeEnd::Killed)).count(),
+            writes: history.written.len(),
             ..Counts::default()
         };
+        for operation in &history.operations {
+            if let (Some(_), Some((end, Outcome::Failed(Failure::LeaseLost, _)))) =
+                (operation.call.write_id(), &operation.end)
+            {
+                let of_lock = operation.call.lock().and_then(|lock| self.holds.get(lock));
+                let is_late = of_lock.into_iter().flatten().any(|newer| {
+                    Some(newer.version) > operation.call.version()
+                        && newer.acquire.end.as_ref().is_some_and(|(taken, _)| taken < end)
+                });
+                counts.refused += 1;
+                counts.refused_late += usize::from(is_late);
+            }
+        }
         for holds in self.holds.values() {
             counts.holds += holds.len();
             counts.lost += holds.iter().filter(|hold| hold.lost_at.is_some()).count();
@@ -296,12 +324,12 @@ impl<'a> Judge<'a> {
         });
         let mut sent = HashSet::new();
         for operation in &history.operations {
-            let Call::Write { lock, id, .. } = &operation.call else { continue };
-            sent.insert(*id);
-            let times = there.get(id).copied().unwrap_or_default();
+            let Some(id) = operation.call.write_id() else { continue };
+            sent.insert(id);
+            let times = there.get(&id).copied().unwrap_or_default();
             if operation.outcome() == Some(&Outcome::Done) && times != 1 {
                 let text = format!("{:?} was acknowledged and is there {times} times", operation.call);
-                found.add(0, operation.begin, Some(lock), text);
+                found.add(0, operation.begin, operation.call.lock(), text);
             }
         }
         for written in history.written.iter().filter(|written| !sent.contains(&written.id)) {
@@ -412,49 +440,54 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// Returns how many late writes nobody is to blame for.
-    fn no_stale_write(&self, found: &mut Found) -> usize {
-        let mut by_lock: BTreeMap<&str, Vec<&Written>> = BTreeMap::new();
+    /// What the database committed, and in which order.
+    fn no_stale_write(&self, found: &mut Found) {
+        let by_id =
+            self.history.operations.iter().filter_map(|operation| Some((operation.call.write_id()?, operation)));
+        let writes: HashMap<u64, &Operation> = by_id.collect();
+        let mut by_lock: BTreeMap<&str, Vec<(&Written, &Operation)>> = BTreeMap::new();
         for written in &self.history.written {
-            by_lock.entry(&written.lock).or_default().push(written);
+            if let Some(write) = writes.get(&written.id) {
+                by_lock.entry(&written.lock).or_default().push((written, *write));
+            }
         }
-        let ids = self.history.operations.iter().filter_map(|operation| match operation.call {
-            Call::Write { id, .. } => Some((id, operation)),
-            _ => None,
-        });
-        let (writes, mut late_writes): (HashMap<u64, &Operation>, usize) = (ids.collect(), 0);
         for (lock, mut written) in by_lock {
-            written.sort_by_key(|written| written.order);
-            let mut newest: Option<&Written> = None;
-            for written in written {
-                let (Some(write), Some(before)) = (writes.get(&written.id), newest) else {
-                    newest = newest.or(Some(written));
-                    continue;
-                };
-                let newer = writes.get(&before.id).copied();
-                let is_undone = newer.is_some_and(|newer| self.is_undone_between_holds(lock, newer, write));
-                if written.version >= before.version || is_undone {
-                    newest = Some(written);
-                    continue;
+            written.sort_by_key(|(written, _)| written.order);
+            let mut newest: Option<(&Written, &Operation)> = None;
+            for (written, write) in written {
+                let name = || self.hold_of(write).map(Hold::name).unwrap_or_default();
+                if let Some(newer) = self.taken_before_commit(write) {
+                    let at = |at| self.history.at(at);
+                    let text = format!(
+                        "{lock:?}: the write of {} was not committed by {} ms, nor undone when {} had taken the lock by {} ms",
+                        name(),
+                        at(write.uncommitted.unwrap_or_default()),
+                        newer.name(),
+                        at(newer.acquire.end.as_ref().map_or(0, |(end, _)| *end)),
+                    );
+                    found.add(3, write.begin, Some(lock), text);
                 }
-                let hold = self.hold_of(write);
-                let trusted = hold.map_or(0, |hold| hold.trusted_until);
-                match &write.end {
-                    Some((end, _)) if *end < trusted => {
-                        let name = hold.map(Hold::name).unwrap_or_default();
-                        let text = format!(
-                            "{lock:?}: {name} wrote after version {}, and was trusted until {} ms, after its answer at {} ms",
-                            before.version,
-                            self.history.at(trusted),
-                            self.history.at(*end)
-                        );
+                match newest {
+                    Some((before, newer))
+                        if before.version > written.version && !self.is_undone_between_holds(lock, newer, write) =>
+                    {
+                        let text = format!("{lock:?}: {} wrote after version {}", name(), before.version);
                         found.add(3, write.begin, Some(lock), text);
                     }
-                    _ => late_writes += 1,
+                    _ => newest = Some((written, write)),
                 }
             }
         }
-        late_writes
+    }
+
+    /// A newer hold that had been taken when a write was not committed yet.
+    fn taken_before_commit(&self, write: &Operation) -> Option<&Hold<'a>> {
+        let (lock, uncommitted, hold) = (write.call.lock()?, write.uncommitted?, self.hold_of(write)?);
+        self.holds.get(lock)?.iter().find(|newer| {
+            newer.version > hold.version
+                && newer.acquire.end.as_ref().is_some_and(|(end, _)| *end < uncommitted)
+                && !self.is_undone_between(lock, hold.acquire, newer.acquire)
+        })
     }
 
     fn hold_of(&self, operation: &Operation) -> Option<&Hold<'a>> {
@@ -596,8 +629,16 @@ impl<'a> Judge<'a> {
         };
         for operation in &self.history.operations {
             let Some(Outcome::Failed(failure, text)) = operation.outcome() else { continue };
+            // Of a transaction of the workers' own: one that met another writer, or was ended because it was idle for too long.
+            let is_own =
+                matches!(operation.call, Call::Write { .. } | Call::Release { how: Ending::UnlockIn { .. }, .. });
+            let meets_others = !matches!(operation.call, Call::Write { level: Level::ReadCommitted, .. });
             let is_explained = match (&operation.call, failure) {
-                (Call::Write { .. }, _) => true,
+                (_, Failure::Database(Some(code))) if is_own && code == "40001" => meets_others,
+                (_, Failure::Database(Some(code))) if is_own && ["25P03", "40P01"].contains(&code.as_str()) => true,
+                // Whether they are refused for a reason is asked elsewhere.
+                (Call::Write { .. }, Failure::LeaseLost) => true,
+                (_, Failure::Fence) => is_own,
                 (_, Failure::Connect | Failure::Timeout) => true,
                 (_, Failure::Database(code)) => code.as_deref().is_none_or(passes),
                 (Call::Release { .. }, Failure::LeaseLost) => true,
@@ -651,7 +692,7 @@ impl<'a> Judge<'a> {
         for hold in self.holds.values().flatten() {
             let (lock, name) = (hold.lock, hold.name());
             if let (Some(lost), Some((_, deadline))) = (hold.lost_at, hold.last_trusted)
-                && lost.end.as_ref().is_some_and(|(end, _)| *end < deadline)
+                && lost.end.as_ref().is_some_and(|(end, _)| end + nanos(self.times.told_early(lock)) < deadline)
                 && !self.is_undone_between(lock, hold.acquire, lost)
             {
                 let text = format!("{lock:?}: {name} was lost before its deadline at {} ms", self.history.at(deadline));
@@ -670,6 +711,34 @@ impl<'a> Judge<'a> {
             if let Some((at, clear)) = unrefreshed {
                 let text = format!("{lock:?}: {name} was not refreshed although nothing hurt it for {clear} ms");
                 found.add(8, at, Some(lock), text);
+            }
+        }
+    }
+
+    /// A fence may say that a hold is lost if it is, or if nobody can tell. Where nothing hurt, it can tell.
+    fn no_write_refused_for_nothing(&self, found: &mut Found) {
+        for operation in &self.history.operations {
+            let Some((end, Outcome::Failed(failure @ (Failure::LeaseLost | Failure::Fence), text))) = &operation.end
+            else {
+                continue;
+            };
+            let is_write =
+                matches!(operation.call, Call::Write { .. } | Call::Release { how: Ending::UnlockIn { .. }, .. });
+            let from = operation.begin.saturating_sub(nanos(self.times.lease));
+            let mut hurts = self.faults_of(operation.process).filter(|fault| fault.kind != Kind::Harmless);
+            if !is_write || hurts.any(|fault| fault.end > from && fault.begin < *end) {
+                continue;
+            }
+            let Some(hold) = self.hold_of(operation) else { continue };
+            let early = nanos(self.times.told_early(hold.lock));
+            let lasts = |look: &&Operation| match look.outcome() {
+                Some(Outcome::Held(remaining)) => look.begin + remaining > end + early,
+                _ => false,
+            };
+            if *failure == Failure::Fence || hold.looks.iter().any(lasts) {
+                let text =
+                    format!("{:?}: a write of {} was refused, and nothing had hurt it: {text}", hold.lock, hold.name());
+                found.add(8, operation.begin, Some(hold.lock), text);
             }
         }
     }

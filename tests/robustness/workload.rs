@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use postgres::{Client, NoTls};
+use postgres::{Client, IsolationLevel, NoTls, Transaction};
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom;
+use rand::seq::{IndexedMutRandom, IndexedRandom};
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
 
-use crate::history::{Call, Ending, Failure, How, Nanos, Outcome, Recorder, nanos, now};
+use crate::history::{Call, Ending, Failure, Fence, How, Level, Nanos, Outcome, Recorder, nanos, now};
 use crate::support::{chain, ms};
 
 /// Tells a process of this binary that it is a worker, and which.
@@ -44,6 +44,8 @@ const RELEASE_LIMIT: Duration = ms(2_000);
 const SLACK: Duration = ms(500);
 /// What the names of the library's threads begin with, and those of what it uses.
 const OURS: [&str; 3] = ["lock-", "r2d2-", "tokio-"];
+/// The longest pause within a transaction, in leases: beyond one.
+const LONGEST_PAUSE: (u32, u32) = (5, 4);
 /// A new lock comes into use so often.
 pub const FRESH_TIME: Duration = ms(1_500);
 
@@ -296,14 +298,13 @@ impl Worker<'_> {
         let (lock, version) = (guard.lock_id().to_owned(), guard.version());
         let mut chance = 0.4;
         loop {
-            if !self.look(&guard) {
-                break;
+            let is_held = self.look(&guard);
+            // One who has lost the lock writes as well: it is the fence that keeps it from doing harm.
+            if self.random.random_bool(if is_held { chance } else { 0.7 }) {
+                self.write(&guard);
             }
-            if self.random.random_bool(chance) {
-                self.write(&lock, version);
-                if !self.look(&guard) {
-                    break;
-                }
+            if !is_held || !self.look(&guard) {
+                break;
             }
             // One that is stuck in a write doesn't look.
             chance = if self.keeps() { 0.0 } else { 0.02 };
@@ -313,10 +314,11 @@ impl Worker<'_> {
             }
             thread::sleep(left.min(ms(20)));
         }
-        let how = match self.random.random_bool(0.5) {
+        let how = match self.random.random_range(0..100) {
             _ if self.abandons.swap(false, Ordering::SeqCst) => Ending::Abandon,
-            true => Ending::Unlock,
-            false => Ending::Drop,
+            0..15 => Ending::UnlockIn { id: self.next_id(), commits: self.random.random_bool(0.7) },
+            15..60 => Ending::Unlock,
+            _ => Ending::Drop,
         };
         let call = Call::Release { lock, version, how };
         match how {
@@ -326,6 +328,7 @@ impl Worker<'_> {
             Ending::Drop => {
                 self.recorder.call(self.thread, call, RELEASE_LIMIT, || drop(guard), |()| Outcome::Done);
             }
+            Ending::UnlockIn { id, commits } => self.unlock_in(guard, id, commits),
             Ending::Abandon => {
                 let pause = self.random.random_range(ms(0)..ms(50));
                 self.recorder.call(
@@ -350,32 +353,193 @@ impl Worker<'_> {
         is_held
     }
 
-    /// Writes to the lock's register, in the hope of still holding it.
-    fn write(&mut self, lock: &str, version: i64) {
+    /// How long a transaction pauses: before its write and its fence, between them, and after both.
+    fn draw_pauses(&mut self, guard: &LockGuard) -> [Duration; 3] {
+        let lease = self.setting.lease;
+        let mut pauses = [(); 3]
+            .map(|()| if self.random.random_bool(0.1) { self.random.random_range(ms(0)..ms(30)) } else { ms(0) });
+        let often = match guard.lock_id() {
+            // What everybody wants is blocked for long only now and then.
+            HOT | QUEUE => 0.015,
+            // One that others want as well, and that is held for longer anyway.
+            _ if self.keeps() => 0.4,
+            _ => 0.05,
+        };
+        let long = if guard.is_held() {
+            self.random.random_bool(often).then(|| lease * LONGEST_PAUSE.0 / LONGEST_PAUSE.1)
+        } else {
+            // Long enough for somebody else to take the lock.
+            self.random.random_bool(0.5).then(|| lease / 2)
+        };
+        if let (Some(long), Some(pause)) = (long, pauses.choose_mut(&mut self.random)) {
+            *pause = self.random.random_range(ms(0)..long);
+        }
+        pauses
+    }
+
+    fn next_id(&self) -> u64 {
         static IDS: AtomicU64 = AtomicU64::new(0);
-        let id = IDS.fetch_add(1, Ordering::SeqCst) | (self.setting.process as u64) << 32;
-        let (table, id_value) = (&self.setting.table, i64::try_from(id).expect("a small number"));
+        IDS.fetch_add(1, Ordering::SeqCst) | (self.setting.process as u64) << 32
+    }
+
+    /// Writes to the lock's register if the hold lasts until then. Whether it does nobody has looked: that is for the fence.
+    fn write(&mut self, guard: &LockGuard) {
+        let fences = [Fence::Transaction, Fence::First, Fence::Last];
+        let levels = [Level::ReadCommitted, Level::RepeatableRead, Level::Serializable];
+        let mut fence = *fences.choose(&mut self.random).expect("a fence");
+        let mut level = *levels.choose(&mut self.random).expect("a level");
+        let is_past_deadline = self.random.random_bool(if guard.is_held() { 0.2 } else { 0.8 });
+        if fence == Fence::Transaction {
+            if is_past_deadline { fence = Fence::Last } else { level = Level::ReadCommitted }
+        }
+        let (lock, version, id) = (guard.lock_id().to_owned(), guard.version(), self.next_id());
+        let call = Call::Write { lock, version, id, fence, is_past_deadline, level };
+        let pauses = self.draw_pauses(guard);
+        self.register(call, Outcome::Done, |write, client| {
+            if fence == Fence::Transaction {
+                return guard.transaction(client, |transaction| {
+                    write.pause(pauses[0]);
+                    write.run(guard, id, transaction)?;
+                    write.pause(pauses[1] + pauses[2]);
+                    write.is_uncommitted();
+                    Ok(())
+                });
+            }
+            let fences = |transaction: &mut Transaction<'_>| {
+                if is_past_deadline { guard.fence_past_deadline(transaction) } else { guard.fence(transaction) }
+            };
+            let mut transaction = begin(client, level)?;
+            write.pause(pauses[0]);
+            if fence == Fence::First {
+                fences(&mut transaction)?;
+                write.pause(pauses[1]);
+                write.run(guard, id, &mut transaction)?;
+            } else {
+                write.run(guard, id, &mut transaction)?;
+                write.pause(pauses[1]);
+                fences(&mut transaction)?;
+            }
+            write.pause(pauses[2]);
+            write.is_uncommitted();
+            Ok(transaction.commit()?)
+        });
+    }
+
+    /// Writes to the register, and gives the lock back in the same transaction, if that is committed.
+    fn unlock_in(&mut self, guard: LockGuard, id: u64, commits: bool) {
+        let level = if self.random.random_bool(0.5) { Level::ReadCommitted } else { Level::RepeatableRead };
+        let (lock, version, how) = (guard.lock_id().to_owned(), guard.version(), Ending::UnlockIn { id, commits });
+        let outcome = if commits { Outcome::Done } else { Outcome::RolledBack };
+        self.register(Call::Release { lock, version, how }, outcome, |write, client| {
+            // Dropped at the end, whatever comes of it.
+            let guard = guard;
+            let mut transaction = begin(client, level)?;
+            write.run(&guard, id, &mut transaction)?;
+            guard.unlock_in(&mut transaction)?;
+            write.is_uncommitted();
+            Ok(if commits { transaction.commit() } else { transaction.rollback() }?)
+        });
+    }
+
+    /// Does something on this thread's connection for the registers.
+    fn register(
+        &mut self,
+        call: Call,
+        outcome: Outcome,
+        work: impl FnOnce(&Write<'_>, &mut Client) -> std::result::Result<(), Refusal>,
+    ) {
+        let (setting, client) = (self.setting, &mut self.register);
+        let write = Write { setting, recorder: self.recorder, phase: self.phase, thread: self.thread };
+        let run = || {
+            if client.is_none() {
+                *client = Some(connect(setting).map_err(|source| Error::Connect { source })?);
+            }
+            work(&write, client.as_mut().expect("connected"))
+        };
+        let result = self.recorder.call(self.thread, call, Duration::MAX, run, |result| match result {
+            Ok(()) => outcome,
+            Err(Refusal::Lock(error)) => failed(error),
+            Err(Refusal::Database(error)) => Outcome::Failed(Failure::Database(code(error)), chain(error)),
+        });
+        if result.is_err_and(|error| !matches!(error, Refusal::Lock(Error::LeaseLost { .. }))) {
+            self.register = None;
+        }
+    }
+}
+
+/// Why a write was not made.
+enum Refusal {
+    Lock(Error),
+    Database(postgres::Error),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        Refusal::Lock(error)
+    }
+}
+
+impl From<postgres::Error> for Refusal {
+    fn from(error: postgres::Error) -> Refusal {
+        Refusal::Database(error)
+    }
+}
+
+/// A transaction that is fenced keeps the lock until the server ends it, also if its process is stopped, or can't be reached: the server
+/// does so soon after the longest pause. A statement may wait for as long as that, behind another writer of the register.
+fn connect(setting: &Setting) -> std::result::Result<Client, postgres::Error> {
+    let most = (setting.lease * 3 / 2).as_millis();
+    let mut config: postgres::Config = setting.dsn.parse()?;
+    config.options(&format!("-c idle_in_transaction_session_timeout={most} -c statement_timeout={most}"));
+    config.connect(NoTls)
+}
+
+fn begin(client: &mut Client, level: Level) -> std::result::Result<Transaction<'_>, postgres::Error> {
+    let level = match level {
+        Level::ReadCommitted => IsolationLevel::ReadCommitted,
+        Level::RepeatableRead => IsolationLevel::RepeatableRead,
+        Level::Serializable => IsolationLevel::Serializable,
+    };
+    let mut transaction = client.build_transaction().isolation_level(level).start()?;
+    // Takes the snapshot, where there is one for the whole transaction.
+    transaction.query_one("SELECT 1", &[])?;
+    Ok(transaction)
+}
+
+/// What a write does within its call.
+struct Write<'a> {
+    setting: &'a Setting,
+    recorder: &'a Recorder,
+    phase: &'a AtomicU8,
+    thread: u32,
+}
+
+impl Write<'_> {
+    fn run(
+        &self,
+        guard: &LockGuard,
+        id: u64,
+        transaction: &mut Transaction<'_>,
+    ) -> std::result::Result<(), postgres::Error> {
+        let (table, id) = (&self.setting.table, i64::try_from(id).expect("a small number"));
         let sql = format!(
             "WITH turn AS (INSERT INTO {table}_register AS register VALUES ($1, 1)
                            ON CONFLICT (lock) DO UPDATE SET writes = register.writes + 1 RETURNING writes)
              INSERT INTO {table}_written SELECT $1, writes, $2, $3 FROM turn"
         );
-        let (dsn, register) = (&self.setting.dsn, &mut self.register);
-        let write = || -> std::result::Result<(), postgres::Error> {
-            if register.is_none() {
-                *register = Some(Client::connect(dsn, NoTls)?);
-            }
-            let client = register.as_mut().expect("connected");
-            client.execute(&sql, &[&lock, &version, &id_value]).map(drop)
-        };
-        let call = Call::Write { lock: lock.to_owned(), version, id };
-        let result = self.recorder.call(self.thread, call, Duration::MAX, write, |result| match result {
-            Ok(()) => Outcome::Done,
-            Err(error) => Outcome::Failed(Failure::Other, chain(error)),
-        });
-        if result.is_err() {
-            self.register = None;
+        transaction.execute(&sql, &[&guard.lock_id(), &guard.version(), &id]).map(drop)
+    }
+
+    /// When the faults are over everybody goes on at once.
+    fn pause(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        while Instant::now() < until && self.phase.load(Ordering::SeqCst) == FAULTS {
+            thread::sleep(until.saturating_duration_since(Instant::now()).min(ms(20)));
         }
+    }
+
+    fn is_uncommitted(&self) {
+        self.recorder.uncommitted(self.thread);
     }
 }
 
@@ -392,13 +556,17 @@ fn done<T>(result: &Result<T>) -> Outcome {
 }
 
 fn failed(error: &Error) -> Outcome {
-    let code = |source: &postgres::Error| source.code().map(|code| code.code().to_owned());
     let failure = match error {
         Error::Connect { .. } => Failure::Connect,
         Error::Timeout { .. } => Failure::Timeout,
         Error::Database { source, .. } => Failure::Database(code(source)),
         Error::LeaseLost { .. } => Failure::LeaseLost,
+        Error::Fence { .. } => Failure::Fence,
         _ => Failure::Other,
     };
     Outcome::Failed(failure, chain(error))
+}
+
+fn code(error: &postgres::Error) -> Option<String> {
+    error.code().map(|code| code.code().to_owned())
 }

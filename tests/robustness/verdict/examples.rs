@@ -1,7 +1,7 @@
 //! Histories made by hand: one that a lock may have, and for each rule some that it must not.
 
 use super::*;
-use crate::history::{How, Life, Row};
+use crate::history::{Fence, How, Life, Row};
 
 const TIMES: Times =
     Times { lease: Duration::from_secs(2), refresh: Duration::from_millis(400), own_lease: Duration::from_secs(15) };
@@ -46,7 +46,7 @@ impl Example {
 
     fn operation(&mut self, process: usize, begin: u64, end: u64, call: Call, outcome: Outcome) -> &mut Operation {
         let (begin, end) = (ms(begin), Some((ms(end), outcome)));
-        self.0.operations.push(Operation { process, thread: 1, call, begin, limit: ms(5_000), end });
+        self.0.operations.push(Operation { process, thread: 1, call, begin, limit: ms(5_000), uncommitted: None, end });
         self.0.operations.last_mut().unwrap()
     }
 
@@ -60,9 +60,14 @@ impl Example {
     }
 
     fn write(&mut self, process: usize, lock: &str, version: i64, at: u64, order: i64) {
-        let (lock, id) = (lock.to_owned(), at);
-        self.operation(process, at, at + 1, Call::Write { lock: lock.clone(), version, id }, Outcome::Done);
-        self.0.written.push(Written { lock, order, version, id });
+        self.try_to_write(process, lock, version, at, Outcome::Done).uncommitted = Some(ms(at));
+        self.0.written.push(Written { lock: lock.to_owned(), order, version, id: at });
+    }
+
+    fn try_to_write(&mut self, process: usize, lock: &str, version: i64, at: u64, outcome: Outcome) -> &mut Operation {
+        let (lock, id, fence, level) = (lock.to_owned(), at, Fence::Last, Level::ReadCommitted);
+        let call = Call::Write { lock, version, id, fence, is_past_deadline: false, level };
+        self.operation(process, at, at + 1, call, outcome)
     }
 
     fn release(&mut self, process: usize, lock: &str, version: i64, at: u64) {
@@ -208,25 +213,103 @@ fn commits_that_were_undone_excuse_until_the_next_refresh() {
     example.breaks(1);
 }
 
+/// One that was stopped until its deadline had passed, and the one that took over.
+fn taken_over() -> Example {
+    let mut example = Example::sound();
+    example.acquire(0, HOT, 1_000, 1_001, Outcome::Taken(1));
+    example.look(0, HOT, 1, 1_002, Some(1_800));
+    example.fault(Kind::Stopped, Some(0), 1_010, 4_000);
+    example.acquire(1, HOT, 3_000, 3_001, Outcome::Taken(2));
+    example.release(1, HOT, 2, 3_020);
+    example
+}
+
 #[test]
-fn a_write_of_an_older_hold_breaks_rule_3_if_it_was_trusted_afterwards() {
-    let with_look = |remaining: Option<u64>| {
-        let mut example = Example::sound();
-        example.acquire(0, HOT, 1_000, 1_001, Outcome::Taken(1));
-        example.look(0, HOT, 1, 1_002, Some(1_800));
-        // Stopped, and its deadline passed.
-        example.fault(Kind::Stopped, Some(0), 1_010, 4_000);
-        example.write(0, HOT, 1, 4_100, 2);
-        example.look(0, HOT, 1, 4_200, remaining);
-        example.acquire(1, HOT, 3_000, 3_001, Outcome::Taken(2));
-        example.write(1, HOT, 2, 3_010, 1);
-        example.release(1, HOT, 2, 3_020);
+fn a_write_of_an_older_hold_after_one_of_a_newer_one_breaks_rule_3_whatever_its_writer_knew() {
+    let wrote = |orders: [i64; 2]| {
+        let mut example = taken_over();
+        // It may have been committed before the takeover: nobody saw it uncommitted later.
+        example.write(0, HOT, 1, 1_005, orders[0]);
+        example.write(1, HOT, 2, 3_010, orders[1]);
+        for operation in &mut example.0.operations {
+            if matches!(operation.call, Call::Write { version: 1, .. }) {
+                operation.end = Some((ms(4_100), Outcome::Done));
+            }
+        }
+        example.look(0, HOT, 1, 4_200, None);
         example
     };
-    with_look(Some(1_000)).breaks(3);
-    let (violations, counts) = with_look(None).judge();
+    wrote([1, 2]).keeps_all();
+    wrote([2, 1]).breaks(3);
+    let mut undone = wrote([2, 1]);
+    undone.fault(Kind::Undone(HOT.to_owned()), None, 2_000, 2_001);
+    undone.keeps_all();
+}
+
+#[test]
+fn a_commit_of_an_older_hold_once_a_newer_one_was_taken_breaks_rule_3_if_nobody_else_wrote() {
+    let uncommitted_at = |at: u64, is_committed: bool| {
+        let mut example = taken_over();
+        let write = example.try_to_write(0, HOT, 1, 1_005, Outcome::Done);
+        (write.uncommitted, write.end) = (Some(ms(at)), None);
+        // The call has no answer, and its process has come to its end in it.
+        example.0.operations.retain(|operation| operation.process == 1 || operation.begin <= ms(1_005));
+        (example.0.lives[0].end, example.0.lives[0].ending) = (Some(ms(4_500)), Some(LifeEnd::Killed));
+        if is_committed {
+            example.0.written.push(Written { lock: HOT.to_owned(), order: 1, version: 1, id: 1_005 });
+        }
+        example
+    };
+    uncommitted_at(2_900, true).keeps_all();
+    uncommitted_at(4_050, true).breaks(3);
+    uncommitted_at(4_050, false).keeps_all();
+}
+
+#[test]
+fn a_write_that_is_refused_breaks_rule_8_if_its_hold_lasted_and_nothing_hurt_it() {
+    let lost = || Outcome::Failed(Failure::LeaseLost, String::new());
+    let refused = |outcome: Outcome| {
+        let mut example = Example::sound();
+        example.acquire(0, HOT, 5_000, 5_001, Outcome::Taken(1));
+        example.look(0, HOT, 1, 5_002, Some(1_800));
+        example.try_to_write(0, HOT, 1, 5_010, outcome);
+        example.release(0, HOT, 1, 5_300);
+        example
+    };
+    refused(lost()).breaks(8);
+    refused(Outcome::Failed(Failure::Fence, String::new())).breaks(8);
+    for (worker, is_excused) in [(Some(0), true), (None, true), (Some(1), false)] {
+        let mut example = refused(lost());
+        example.fault(Kind::Other, worker, 4_000, 4_100);
+        if is_excused { example.keeps_all() } else { example.breaks(8) }
+    }
+    // It was lost; and that a newer hold had been taken by then is counted.
+    let mut example = taken_over();
+    example.try_to_write(0, HOT, 1, 4_100, lost());
+    let (violations, counts) = example.judge();
     assert!(violations.is_empty(), "{violations:?}");
-    assert_eq!(counts.late_writes, 1, "found, and nobody is to blame: what a fence is for");
+    assert_eq!((counts.writes, counts.refused, counts.refused_late), (0, 1, 1));
+}
+
+#[test]
+fn a_transaction_that_gives_the_lock_back_ends_its_hold_and_writes_if_it_is_committed() {
+    let unlocked = |commits: bool, outcome: Outcome| {
+        let mut example = Example::sound();
+        example.acquire(0, HOT, 5_000, 5_001, Outcome::Taken(1));
+        example.look(0, HOT, 1, 5_002, Some(1_800));
+        let how = Ending::UnlockIn { id: 7, commits };
+        example.operation(0, 5_010, 5_020, Call::Release { lock: HOT.to_owned(), version: 1, how }, outcome);
+        example.0.written.push(Written { lock: HOT.to_owned(), order: 1, version: 1, id: 7 });
+        example
+    };
+    let mut example = unlocked(true, Outcome::Done);
+    // Trusted as soon as it can have been committed.
+    example.hold(1, HOT, 2, 5_015, 5_100);
+    example.keeps_all();
+    unlocked(false, Outcome::RolledBack).breaks(0);
+    let mut example = unlocked(true, Outcome::Done);
+    example.0.written.clear();
+    example.breaks(0);
 }
 
 #[test]
@@ -333,6 +416,15 @@ fn a_hold_that_is_lost_or_not_refreshed_for_nothing_breaks_rule_8() {
     example.look(0, HOT, 1, 1_002, Some(1_800));
     example.look(0, HOT, 1, 2_000, None);
     example.breaks(8);
+    // It may be told so a hundredth of the lease before its deadline of 2.802 s.
+    for (at, is_kept) in [(2_785, true), (2_775, false)] {
+        let mut example = Example::sound();
+        example.fault(Kind::Other, None, 1_100, 2_700);
+        example.acquire(0, HOT, 1_000, 1_001, Outcome::Taken(1));
+        example.look(0, HOT, 1, 1_002, Some(1_800));
+        example.look(0, HOT, 1, at, None);
+        if is_kept { example.keeps_all() } else { example.breaks(8) }
+    }
     let not_refreshed = || {
         let mut example = Example::sound();
         example.acquire(0, HOT, 1_000, 1_001, Outcome::Taken(1));
