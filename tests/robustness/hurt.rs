@@ -324,6 +324,8 @@ impl Targets<'_> {
                 self.workers.start_again(worker);
             }
             Hurt::StopForLessThanALease | Hurt::StopForMoreThanALease => {
+                // One that is stopped just before its commit has a chance to come late.
+                self.workers.wait_for_a_write(worker, ms(500));
                 self.workers.signal(worker, Signal::SIGSTOP);
                 thread::sleep(planned.lasts);
                 self.workers.signal(worker, Signal::SIGCONT);

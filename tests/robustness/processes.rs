@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::history::{Life, LifeEnd, now};
 use crate::support::ms;
-use crate::workload::{ABANDONED, PREFIX, Setting, WORKER};
+use crate::workload::{ABANDONED, IN_A_WRITE, PREFIX, Setting, WORKER};
 
 pub struct Workers {
     /// Of each worker; the number of the process is filled in.
@@ -134,6 +135,17 @@ impl Workers {
     pub fn tell(&self, worker: usize, line: &str) {
         if let Some((_, child)) = &mut locked(&self.slots[worker]).0 {
             say(child, line);
+        }
+    }
+
+    /// Waits until a thread of a worker has written and not committed yet, until `bound` is over.
+    pub fn wait_for_a_write(&self, worker: usize, bound: Duration) {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let line = format!("{IN_A_WRITE}{}", NUMBERS.fetch_add(1, Ordering::SeqCst));
+        self.tell(worker, &line);
+        let start = Instant::now();
+        while start.elapsed() < bound && !locked(&self.said).iter().any(|(_, said)| *said == line) {
+            thread::sleep(ms(2));
         }
     }
 

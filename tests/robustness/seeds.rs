@@ -68,5 +68,6 @@ fn whatever_is_hurt_the_verdict_holds() {
         let missing: Vec<&str> = KINDS.into_iter().filter(|kind| !used.contains(kind)).collect();
         assert!(missing.is_empty(), "nobody was hurt by: {missing:?}");
         assert!(counts.takeovers > 0 && counts.lost > 0 && counts.kills > 0, "the faults did nothing: {counts}");
+        assert!(counts.refused_late > 0, "the fences had nothing to do: {counts}");
     }
 }

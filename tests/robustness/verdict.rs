@@ -5,7 +5,7 @@
 //! | 0 | the history is one: whole, in order, and of the time in which it was made |
 //! | 1 | one owner: no hold is trusted while, or after, a newer one is |
 //! | 2 | versions grow with every hold, in the order of the holds, and belong to one hold each |
-//! | 3 | no write of an older hold is committed after one of a newer hold, nor once a newer hold was taken |
+//! | 3 | no write of an older hold is committed after one of a newer hold, nor once a newer hold was taken; none that was refused is |
 //! | 4 | after the last fault everybody gets every lock within a lease and 5 s; nothing is left over at the end |
 //! | 5 | no call takes longer than its documentation says |
 //! | 6 | nothing panics, and no error comes that no fault explains |
@@ -456,6 +456,10 @@ impl<'a> Judge<'a> {
             let mut newest: Option<(&Written, &Operation)> = None;
             for (written, write) in written {
                 let name = || self.hold_of(write).map(Hold::name).unwrap_or_default();
+                if let Some(Outcome::Failed(Failure::LeaseLost | Failure::Fence, _)) = write.outcome() {
+                    let text = format!("{lock:?}: a write of {} was refused, and is committed", name());
+                    found.add(3, write.begin, Some(lock), text);
+                }
                 if let Some(newer) = self.taken_before_commit(write) {
                     let at = |at| self.history.at(at);
                     let text = format!(

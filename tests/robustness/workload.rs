@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, IsolationLevel, NoTls, Transaction};
 use rand::rngs::StdRng;
-use rand::seq::{IndexedMutRandom, IndexedRandom};
+use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
@@ -20,6 +20,8 @@ use crate::support::{chain, ms};
 pub const WORKER: &str = "STORAGE_LOCK_ROBUSTNESS_WORKER";
 /// What a worker's lines begin with.
 pub const PREFIX: &str = "worker: ";
+/// Asks a worker to say the same, with the number that follows, when one of its threads has written and not committed yet.
+pub const IN_A_WRITE: &str = "in a write ";
 /// How a worker exits that ends without giving anything back.
 pub const ABANDONED: i32 = 7;
 
@@ -87,14 +89,18 @@ fn worker_process() {
     let Ok(setting) = std::env::var(WORKER) else { return };
     let setting: Setting = serde_json::from_str(&setting).expect("a setting");
     let (phase, abandons) = (Arc::new(AtomicU8::new(FAULTS)), Arc::new(AtomicBool::new(false)));
-    let (told, abandon) = (Arc::clone(&phase), Arc::clone(&abandons));
+    let asked = Arc::new(AtomicU64::new(0));
+    let (told, abandon, ask) = (Arc::clone(&phase), Arc::clone(&abandons), Arc::clone(&asked));
     thread::spawn(move || {
         for line in std::io::stdin().lines().map_while(std::io::Result::ok) {
             match line.as_str() {
                 "calm" => told.store(CALM, Ordering::SeqCst),
                 "stop" => told.store(STOP, Ordering::SeqCst),
                 "abandon" => abandon.store(true, Ordering::SeqCst),
-                other => panic!("told {other:?}"),
+                other => match other.strip_prefix(IN_A_WRITE).and_then(|number| number.parse().ok()) {
+                    Some(number) => ask.store(number, Ordering::SeqCst),
+                    None => panic!("told {other:?}"),
+                },
             }
         }
         if told.load(Ordering::SeqCst) != STOP {
@@ -103,14 +109,14 @@ fn worker_process() {
         }
     });
     let recorder = Recorder::new(&setting.history);
-    work(&setting, &recorder, &phase, &abandons);
+    work(&setting, &recorder, &phase, &abandons, &asked);
     println!("{PREFIX}quiet");
     let (threads, sockets) = left(Instant::now() + setting.own_lease + Duration::from_secs(10));
     recorder.left(threads, sockets);
     std::process::exit(0);
 }
 
-fn work(setting: &Setting, recorder: &Recorder, phase: &AtomicU8, abandons: &AtomicBool) {
+fn work(setting: &Setting, recorder: &Recorder, phase: &AtomicU8, abandons: &AtomicBool, asked: &AtomicU64) {
     let storage = loop {
         let options = PostgresStorageOptions::from_dsn(&setting.dsn)
             .table_name(&setting.table)
@@ -129,6 +135,7 @@ fn work(setting: &Setting, recorder: &Recorder, phase: &AtomicU8, abandons: &Ato
                 recorder,
                 phase,
                 abandons,
+                asked,
                 storage: &storage,
                 thread: number,
                 random: StdRng::seed_from_u64(setting.seed ^ (setting.process as u64) << 16 ^ u64::from(number)),
@@ -167,6 +174,7 @@ struct Worker<'a> {
     recorder: &'a Recorder,
     phase: &'a AtomicU8,
     abandons: &'a AtomicBool,
+    asked: &'a AtomicU64,
     storage: &'a PostgresStorage,
     thread: u32,
     random: StdRng,
@@ -296,7 +304,7 @@ impl Worker<'_> {
     fn use_and_give_back(&mut self, guard: LockGuard, hold: Duration) {
         let until = Instant::now() + hold;
         let (lock, version) = (guard.lock_id().to_owned(), guard.version());
-        let mut chance = 0.4;
+        let mut chance = if self.keeps() { 0.8 } else { 0.4 };
         loop {
             let is_held = self.look(&guard);
             // One who has lost the lock writes as well: it is the fence that keeps it from doing harm.
@@ -361,8 +369,9 @@ impl Worker<'_> {
         let often = match guard.lock_id() {
             // What everybody wants is blocked for long only now and then.
             HOT | QUEUE => 0.015,
-            // One that others want as well, and that is held for longer anyway.
-            _ if self.keeps() => 0.4,
+            // Those that others want as well, and that are held for longer anyway.
+            _ if self.keeps() => 0.9,
+            lock if lock.starts_with(FRESH) => 0.3,
             _ => 0.05,
         };
         let long = if guard.is_held() {
@@ -371,8 +380,10 @@ impl Worker<'_> {
             // Long enough for somebody else to take the lock.
             self.random.random_bool(0.5).then(|| lease / 2)
         };
-        if let (Some(long), Some(pause)) = (long, pauses.choose_mut(&mut self.random)) {
-            *pause = self.random.random_range(ms(0)..long);
+        if let Some(long) = long {
+            // Most of them after the fence: then its row's lock is all that keeps others away.
+            let place = [0, 1, 2, 2].choose(&mut self.random).copied().expect("a place");
+            pauses[place] = self.random.random_range(ms(0)..long);
         }
         pauses
     }
@@ -384,7 +395,7 @@ impl Worker<'_> {
 
     /// Writes to the lock's register if the hold lasts until then. Whether it does nobody has looked: that is for the fence.
     fn write(&mut self, guard: &LockGuard) {
-        let fences = [Fence::Transaction, Fence::First, Fence::Last];
+        let fences = [Fence::Transaction, Fence::First, Fence::First, Fence::Last];
         let levels = [Level::ReadCommitted, Level::RepeatableRead, Level::Serializable];
         let mut fence = *fences.choose(&mut self.random).expect("a fence");
         let mut level = *levels.choose(&mut self.random).expect("a level");
@@ -398,9 +409,10 @@ impl Worker<'_> {
         self.register(call, Outcome::Done, |write, client| {
             if fence == Fence::Transaction {
                 return guard.transaction(client, |transaction| {
-                    write.pause(pauses[0]);
+                    write.pause(guard, pauses[0]);
                     write.run(guard, id, transaction)?;
-                    write.pause(pauses[1] + pauses[2]);
+                    write.say_that_it_is_written(guard);
+                    write.pause(guard, pauses[1] + pauses[2]);
                     write.is_uncommitted();
                     Ok(())
                 });
@@ -409,17 +421,18 @@ impl Worker<'_> {
                 if is_past_deadline { guard.fence_past_deadline(transaction) } else { guard.fence(transaction) }
             };
             let mut transaction = begin(client, level)?;
-            write.pause(pauses[0]);
+            write.pause(guard, pauses[0]);
             if fence == Fence::First {
                 fences(&mut transaction)?;
-                write.pause(pauses[1]);
+                write.pause(guard, pauses[1]);
                 write.run(guard, id, &mut transaction)?;
             } else {
                 write.run(guard, id, &mut transaction)?;
-                write.pause(pauses[1]);
+                write.pause(guard, pauses[1]);
                 fences(&mut transaction)?;
             }
-            write.pause(pauses[2]);
+            write.say_that_it_is_written(guard);
+            write.pause(guard, pauses[2]);
             write.is_uncommitted();
             Ok(transaction.commit()?)
         });
@@ -449,7 +462,8 @@ impl Worker<'_> {
         work: impl FnOnce(&Write<'_>, &mut Client) -> std::result::Result<(), Refusal>,
     ) {
         let (setting, client) = (self.setting, &mut self.register);
-        let write = Write { setting, recorder: self.recorder, phase: self.phase, thread: self.thread };
+        let (recorder, phase, asked) = (self.recorder, self.phase, self.asked);
+        let write = Write { setting, recorder, phase, asked, thread: self.thread };
         let run = || {
             if client.is_none() {
                 *client = Some(connect(setting).map_err(|source| Error::Connect { source })?);
@@ -486,9 +500,9 @@ impl From<postgres::Error> for Refusal {
 }
 
 /// A transaction that is fenced keeps the lock until the server ends it, also if its process is stopped, or can't be reached: the server
-/// does so soon after the longest pause. A statement may wait for as long as that, behind another writer of the register.
+/// does so after two leases, when the longest stop is over. A statement may wait for as long as that, behind another writer of the register.
 fn connect(setting: &Setting) -> std::result::Result<Client, postgres::Error> {
-    let most = (setting.lease * 3 / 2).as_millis();
+    let most = (setting.lease * 2).as_millis();
     let mut config: postgres::Config = setting.dsn.parse()?;
     config.options(&format!("-c idle_in_transaction_session_timeout={most} -c statement_timeout={most}"));
     config.connect(NoTls)
@@ -511,6 +525,7 @@ struct Write<'a> {
     setting: &'a Setting,
     recorder: &'a Recorder,
     phase: &'a AtomicU8,
+    asked: &'a AtomicU64,
     thread: u32,
 }
 
@@ -530,11 +545,30 @@ impl Write<'_> {
         transaction.execute(&sql, &[&guard.lock_id(), &guard.version(), &id]).map(drop)
     }
 
-    /// When the faults are over everybody goes on at once.
-    fn pause(&self, pause: Duration) {
-        let until = Instant::now() + pause;
-        while Instant::now() < until && self.phase.load(Ordering::SeqCst) == FAULTS {
-            thread::sleep(until.saturating_duration_since(Instant::now()).min(ms(20)));
+    /// When the faults are over everybody goes on at once. One that loses its hold meanwhile is late: it gives others time to take over.
+    fn pause(&self, guard: &LockGuard, pause: Duration) {
+        let (mut until, mut was_held) = (Instant::now() + pause, !pause.is_zero() && guard.is_held());
+        loop {
+            if was_held && !guard.is_held() {
+                was_held = false;
+                until = until.max(Instant::now() + self.setting.lease * 3 / 4);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.phase.load(Ordering::SeqCst) != FAULTS {
+                return;
+            }
+            thread::sleep(left.min(ms(20)));
+        }
+    }
+
+    /// To whoever wants to stop this process just then, where somebody else will take the lock.
+    fn say_that_it_is_written(&self, guard: &LockGuard) {
+        if !guard.lock_id().starts_with(OWN) {
+            let number = self.asked.swap(0, Ordering::SeqCst);
+            if number > 0 {
+                println!("{PREFIX}{IN_A_WRITE}{number}");
+                thread::sleep(ms(100));
+            }
         }
     }
 

@@ -289,6 +289,11 @@ fn a_write_that_is_refused_breaks_rule_8_if_its_hold_lasted_and_nothing_hurt_it(
     let (violations, counts) = example.judge();
     assert!(violations.is_empty(), "{violations:?}");
     assert_eq!((counts.writes, counts.refused, counts.refused_late), (0, 1, 1));
+    // And one that is there all the same.
+    let mut example = taken_over();
+    example.try_to_write(0, HOT, 1, 4_100, lost());
+    example.0.written.push(Written { lock: HOT.to_owned(), order: 1, version: 1, id: 4_100 });
+    example.breaks(3);
 }
 
 #[test]
