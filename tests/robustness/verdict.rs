@@ -5,12 +5,12 @@
 //! | 0 | the history is one: whole, in order, and of the time in which it was made |
 //! | 1 | one owner: no hold is trusted while, or after, a newer one is |
 //! | 2 | versions grow with every hold, in the order of the holds, and belong to one hold each |
-//! | 3 | no write of an older hold is committed after one of a newer hold, nor once a newer hold was taken; none that was refused is |
+//! | 3 | no write is committed after one of a newer hold, nor once a newer hold was taken, nor if it was refused |
 //! | 4 | after the last fault everybody gets every lock within a lease and 5 s; nothing is left over at the end |
 //! | 5 | no call takes longer than its documentation says |
 //! | 6 | nothing panics, and no error comes that no fault explains |
 //! | 7 | no lock is refused that nobody else wants, where nothing but an answer was lost |
-//! | 8 | no hold is lost before its deadline, nor left without a refresh while nothing hurts; no write of a hold that lasts is refused |
+//! | 8 | no hold is lost before its deadline; while nothing hurts it is refreshed, and its writes are not refused |
 //!
 //! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
 //! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a

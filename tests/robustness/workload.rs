@@ -499,8 +499,9 @@ impl From<postgres::Error> for Refusal {
     }
 }
 
-/// A transaction that is fenced keeps the lock until the server ends it, also if its process is stopped, or can't be reached: the server
-/// does so after two leases, when the longest stop is over. A statement may wait for as long as that, behind another writer of the register.
+/// A transaction that is fenced keeps the lock until the server ends it, also if its process is stopped, or can't be
+/// reached: the server does so after two leases, when the longest stop is over, and long before everybody must have got
+/// every lock. A statement may wait for as long as that, behind another writer of the register.
 fn connect(setting: &Setting) -> std::result::Result<Client, postgres::Error> {
     let most = (setting.lease * 2).as_millis();
     let mut config: postgres::Config = setting.dsn.parse()?;
@@ -545,7 +546,8 @@ impl Write<'_> {
         transaction.execute(&sql, &[&guard.lock_id(), &guard.version(), &id]).map(drop)
     }
 
-    /// When the faults are over everybody goes on at once. One that loses its hold meanwhile is late: it gives others time to take over.
+    /// When the faults are over everybody goes on at once. One that loses its hold meanwhile is late: it gives others time
+    /// to take over.
     fn pause(&self, guard: &LockGuard, pause: Duration) {
         let (mut until, mut was_held) = (Instant::now() + pause, !pause.is_zero() && guard.is_held());
         loop {
