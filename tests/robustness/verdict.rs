@@ -672,7 +672,7 @@ impl<'a> Judge<'a> {
             if let Some((end, Outcome::Busy)) = operation.end {
                 // It was taken and given back before, and nothing has hurt its user since.
                 let is_free = matches!(earlier.as_slice(), [.., acquire, release]
-                    if acquire.taken().is_some() && release.outcome() == Some(&Outcome::Done));
+                    if acquire.taken().is_some() && matches!(release.outcome(), Some(Outcome::Done | Outcome::RolledBack)));
                 let since = earlier.iter().rev().nth(1).map_or(end, |acquire| acquire.begin);
                 let was_hurt = self.faults_of(operation.process).any(|fault| {
                     !matches!(fault.kind, Kind::LostAnswer | Kind::Harmless) && fault.end > since && fault.begin < end
@@ -680,7 +680,8 @@ impl<'a> Judge<'a> {
                 // What failed before may come through yet.
                 let stray = since.saturating_sub(nanos(STRAY));
                 let may_be_a_stray = earlier.iter().any(|call| {
-                    call.begin > stray && !matches!(call.outcome(), Some(Outcome::Taken(_) | Outcome::Done))
+                    call.begin > stray
+                        && !matches!(call.outcome(), Some(Outcome::Taken(_) | Outcome::Done | Outcome::RolledBack))
                 });
                 if is_free && !was_hurt && !may_be_a_stray {
                     let user = format!("p{}.{}", operation.process, operation.thread);

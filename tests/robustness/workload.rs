@@ -304,7 +304,7 @@ impl Worker<'_> {
     fn use_and_give_back(&mut self, guard: LockGuard, hold: Duration) {
         let until = Instant::now() + hold;
         let (lock, version) = (guard.lock_id().to_owned(), guard.version());
-        let mut chance = if self.keeps() { 0.8 } else { 0.4 };
+        let mut chance = if self.keeps() { 0.5 } else { 0.4 };
         loop {
             let is_held = self.look(&guard);
             // One who has lost the lock writes as well: it is the fence that keeps it from doing harm.
@@ -370,7 +370,7 @@ impl Worker<'_> {
             // What everybody wants is blocked for long only now and then.
             HOT | QUEUE => 0.015,
             // Those that others want as well, and that are held for longer anyway.
-            _ if self.keeps() => 0.9,
+            _ if self.keeps() => 0.6,
             lock if lock.starts_with(FRESH) => 0.3,
             _ => 0.05,
         };
@@ -448,7 +448,7 @@ impl Worker<'_> {
             let guard = guard;
             let mut transaction = begin(client, level)?;
             write.run(&guard, id, &mut transaction)?;
-            guard.unlock_in(&mut transaction)?;
+            let transaction = guard.unlock_in(transaction)?;
             write.is_uncommitted();
             Ok(if commits { transaction.commit() } else { transaction.rollback() }?)
         });
