@@ -158,4 +158,6 @@ impl Fault {
 }
 
 #[cfg(test)]
+// Named, because the fuzzer takes this file in from another folder.
+#[path = "answer/properties.rs"]
 pub(crate) mod properties;
