@@ -91,8 +91,8 @@ impl LockGuard {
     ///
     /// A `COMMIT` or `ROLLBACK` that `work` sends as text ends the transaction behind its back: what it did before is not fenced.
     ///
-    /// It costs one round trip more than the transaction without the lock. For another isolation level, build the transaction yourself,
-    /// and call `fence` before its commit.
+    /// It costs one statement more than the transaction without the lock: a round trip, and its planning. For another isolation level, build
+    /// the transaction yourself, and call `fence` before its commit.
     ///
     /// # Errors
     /// What `work` returns, as it is; what `fence` returns; and [`Error::Database`] if begin or commit fails. If the connection breaks
