@@ -213,7 +213,7 @@ impl Plan {
                 // To be late matters most where a transaction has begun: when the first hold of a lock is made.
                 let to = if random.random_bool(0.3) { to[0] } else { to.choose(random).copied().expect("one of five") };
                 let is_quick = to != "pg_try_advisory" && random.random_bool(0.5);
-                let by = if is_quick { ms(100)..ms(500) } else { lease * 3 / 4..lease * 11 / 10 };
+                let by = if is_quick { ms(100)..ms(500) } else { lease * 3 / 4..lease * 5 / 4 };
                 let late = Hurt::HoldBackAnswer { to, by: random.random_range(by) };
                 let fade = Hurt::Fade { answers: random.random_range(lease / 5..lease * 2 / 5) };
                 let all = [

@@ -304,7 +304,7 @@ impl Worker<'_> {
     fn use_and_give_back(&mut self, guard: LockGuard, hold: Duration) {
         let until = Instant::now() + hold;
         let (lock, version) = (guard.lock_id().to_owned(), guard.version());
-        let mut chance = if self.keeps() { 0.5 } else { 0.4 };
+        let mut chance = if self.keeps() { 0.5 } else { 0.3 };
         loop {
             let is_held = self.look(&guard);
             // One who has lost the lock writes as well: it is the fence that keeps it from doing harm.
@@ -403,6 +403,8 @@ impl Worker<'_> {
         if fence == Fence::Transaction {
             if is_past_deadline { fence = Fence::Last } else { level = Level::ReadCommitted }
         }
+        // Takes the snapshot before the pauses, where there is one for the whole transaction.
+        let sees = level != Level::ReadCommitted && self.random.random_bool(0.5);
         let (lock, version, id) = (guard.lock_id().to_owned(), guard.version(), self.next_id());
         let call = Call::Write { lock, version, id, fence, is_past_deadline, level };
         let pauses = self.draw_pauses(guard);
@@ -421,6 +423,9 @@ impl Worker<'_> {
                 if is_past_deadline { guard.fence_past_deadline(transaction) } else { guard.fence(transaction) }
             };
             let mut transaction = begin(client, level)?;
+            if sees {
+                transaction.query_one("SELECT 1", &[])?;
+            }
             write.pause(guard, pauses[0]);
             if fence == Fence::First {
                 fences(&mut transaction)?;
@@ -515,10 +520,7 @@ fn begin(client: &mut Client, level: Level) -> std::result::Result<Transaction<'
         Level::RepeatableRead => IsolationLevel::RepeatableRead,
         Level::Serializable => IsolationLevel::Serializable,
     };
-    let mut transaction = client.build_transaction().isolation_level(level).start()?;
-    // Takes the snapshot, where there is one for the whole transaction.
-    transaction.query_one("SELECT 1", &[])?;
-    Ok(transaction)
+    client.build_transaction().isolation_level(level).start()
 }
 
 /// What a write does within its call.
