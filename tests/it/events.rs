@@ -623,7 +623,7 @@ fn what_was_acquired_was_released_or_lost_or_is_held() {
     let count = |what| holds.values().flatten().filter(|told| **told == what).count();
     let [acquired, released, lost] = [What::Acquired, What::Released, What::Lost].map(count);
     println!("{acquired} acquired ({takeovers} takeovers), {released} released, {lost} lost");
-    assert!(takeovers > 5 && lost > 5 && released > 500, "too little happened");
+    assert!(takeovers > 3 && lost > 3 && released > 50, "too little happened");
     assert_eq!(unconfirmed, 0);
     for (hold, told) in &holds {
         assert_eq!(told[0], What::Acquired, "{hold:?}: {told:?}");
