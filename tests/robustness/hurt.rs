@@ -212,8 +212,13 @@ impl Plan {
                 let lost = Hurt::LoseAnswer { to: to.choose(random).copied().expect("one of five") };
                 // To be late matters most where a transaction has begun: when the first hold of a lock is made.
                 let to = if random.random_bool(0.3) { to[0] } else { to.choose(random).copied().expect("one of five") };
-                let is_quick = to != "pg_try_advisory" && random.random_bool(0.5);
-                let by = if is_quick { ms(100)..ms(500) } else { lease * 3 / 4..lease * 5 / 4 };
+                let is_first = to == "pg_try_advisory";
+                let by = if !is_first && random.random_bool(0.5) {
+                    ms(100)..ms(500)
+                } else {
+                    // Of a first hold not so long that it is over before it is known.
+                    lease * 3 / 4..if is_first { lease * 11 / 10 } else { lease * 5 / 4 }
+                };
                 let late = Hurt::HoldBackAnswer { to, by: random.random_range(by) };
                 let fade = Hurt::Fade { answers: random.random_range(lease / 5..lease * 2 / 5) };
                 let all = [
@@ -308,6 +313,10 @@ impl Targets<'_> {
                 return;
             }
             thread::sleep(planned.at.saturating_sub(since));
+            if let (Kind::Stopped, Some(worker)) = (planned.hurt.kind(), worker) {
+                // Just before its commit or its fence: so it has a chance to come late.
+                self.workers.wait_for_a_write(worker, ms(1_000));
+            }
             let begin = now();
             let kind = hurt(planned).unwrap_or_else(|| planned.hurt.kind());
             let what = format!("{:?} for {:?}", planned.hurt, planned.lasts);
@@ -324,8 +333,6 @@ impl Targets<'_> {
                 self.workers.start_again(worker);
             }
             Hurt::StopForLessThanALease | Hurt::StopForMoreThanALease => {
-                // One that is stopped just before its commit has a chance to come late.
-                self.workers.wait_for_a_write(worker, ms(500));
                 self.workers.signal(worker, Signal::SIGSTOP);
                 thread::sleep(planned.lasts);
                 self.workers.signal(worker, Signal::SIGCONT);

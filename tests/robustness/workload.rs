@@ -371,7 +371,7 @@ impl Worker<'_> {
             HOT | QUEUE => 0.015,
             // Those that others want as well, and that are held for longer anyway.
             _ if self.keeps() => 0.6,
-            lock if lock.starts_with(FRESH) => 0.3,
+            lock if lock.starts_with(FRESH) => 0.15,
             _ => 0.05,
         };
         let long = if guard.is_held() {
@@ -395,13 +395,15 @@ impl Worker<'_> {
 
     /// Writes to the lock's register if the hold lasts until then. Whether it does nobody has looked: that is for the fence.
     fn write(&mut self, guard: &LockGuard) {
-        let fences = [Fence::Transaction, Fence::First, Fence::First, Fence::Last];
+        let fences = [Fence::Transaction, Fence::First, Fence::Last];
         let levels = [Level::ReadCommitted, Level::RepeatableRead, Level::Serializable];
-        let mut fence = *fences.choose(&mut self.random).expect("a fence");
-        let mut level = *levels.choose(&mut self.random).expect("a level");
-        let is_past_deadline = self.random.random_bool(if guard.is_held() { 0.2 } else { 0.8 });
+        let fence = *fences.choose(&mut self.random).expect("a fence");
+        let (mut level, mut is_past_deadline) = (
+            *levels.choose(&mut self.random).expect("a level"),
+            self.random.random_bool(if guard.is_held() { 0.4 } else { 0.9 }),
+        );
         if fence == Fence::Transaction {
-            if is_past_deadline { fence = Fence::Last } else { level = Level::ReadCommitted }
+            (level, is_past_deadline) = (Level::ReadCommitted, false);
         }
         // Takes the snapshot before the pauses, where there is one for the whole transaction.
         let sees = level != Level::ReadCommitted && self.random.random_bool(0.5);
@@ -431,12 +433,13 @@ impl Worker<'_> {
                 fences(&mut transaction)?;
                 write.pause(guard, pauses[1]);
                 write.run(guard, id, &mut transaction)?;
+                write.say_that_it_is_written(guard);
             } else {
                 write.run(guard, id, &mut transaction)?;
+                write.say_that_it_is_written(guard);
                 write.pause(guard, pauses[1]);
                 fences(&mut transaction)?;
             }
-            write.say_that_it_is_written(guard);
             write.pause(guard, pauses[2]);
             write.is_uncommitted();
             Ok(transaction.commit()?)
