@@ -229,8 +229,9 @@ impl Worker<'_> {
         let (lock, how) = match self.random.random_range(if hurries { 15 } else { 0 }..100) {
             0..15 => (QUEUE.to_owned(), How::Lock),
             15..40 => (HOT.to_owned(), how),
-            40..55 => (kept(self.random.random_range(0..self.setting.workers)), impatient(how)),
-            55..75 => {
+            // Who waits is there when it changes hands, also when it shouldn't.
+            40..60 => (kept(self.random.random_range(0..self.setting.workers)), How::TryLockFor),
+            60..80 => {
                 // One that is new here, or any that somebody may still hold.
                 let age = (now() - self.setting.began) / nanos(FRESH_TIME);
                 let (back, worker) = if self.random.random_bool(0.5) {
@@ -395,7 +396,7 @@ impl Worker<'_> {
 
     /// Writes to the lock's register if the hold lasts until then. Whether it does nobody has looked: that is for the fence.
     fn write(&mut self, guard: &LockGuard) {
-        let fences = [Fence::Transaction, Fence::First, Fence::Last];
+        let fences = [Fence::Transaction, Fence::Transaction, Fence::First, Fence::First, Fence::Last];
         let levels = [Level::ReadCommitted, Level::RepeatableRead, Level::Serializable];
         let fence = *fences.choose(&mut self.random).expect("a fence");
         let (mut level, mut is_past_deadline) = (
@@ -508,10 +509,10 @@ impl From<postgres::Error> for Refusal {
 }
 
 /// A transaction that is fenced keeps the lock until the server ends it, also if its process is stopped, or can't be
-/// reached: the server does so after two leases, when the longest stop is over, and long before everybody must have got
+/// reached: the server does so when the longest stop and a pause after it are over, and before everybody must have got
 /// every lock. A statement may wait for as long as that, behind another writer of the register.
 fn connect(setting: &Setting) -> std::result::Result<Client, postgres::Error> {
-    let most = (setting.lease * 2).as_millis();
+    let most = (setting.lease * 5 / 2).as_millis();
     let mut config: postgres::Config = setting.dsn.parse()?;
     config.options(&format!("-c idle_in_transaction_session_timeout={most} -c statement_timeout={most}"));
     config.connect(NoTls)
@@ -568,9 +569,9 @@ impl Write<'_> {
         }
     }
 
-    /// To whoever wants to stop this process just then, where somebody else will take the lock.
+    /// To whoever wants to stop this process just then, where somebody else is likely to take the lock.
     fn say_that_it_is_written(&self, guard: &LockGuard) {
-        if !guard.lock_id().starts_with(OWN) {
+        if !guard.lock_id().starts_with(OWN) && !guard.lock_id().starts_with(FRESH) {
             let number = self.asked.swap(0, Ordering::SeqCst);
             if number > 0 {
                 println!("{PREFIX}{IN_A_WRITE}{number}");
