@@ -37,7 +37,7 @@ fn the_primary_dies_under_load_and_the_verdict_holds() {
     println!("promoted {:?} after the kill", Duration::from_nanos(promoted - begin));
     println!("nobody got the hot lock, the queue's, any of a thread's own, for {gaps:.2?}");
     assert!(report.violations.is_empty(), "{:?}", report.violations);
-    assert!(report.counts.holds > 100, "hardly anything happened: {}", report.counts);
+    assert!(report.counts.holds > 50 && report.counts.writes > 20, "hardly anything happened: {}", report.counts);
 }
 
 /// From the last time that somebody got a lock before an instant to the first time after it.
