@@ -74,7 +74,7 @@ pub enum Error {
         version: i64,
     },
 
-    /// The hold is there, and the caller's transaction can't be fenced by it: it doesn't see the hold, or can't lock its row.
+    /// The hold is there, and the caller's transaction is not one that can be fenced by it, or release it.
     #[error("cannot fence a transaction by lock {lock_id:?}: {problem}")]
     Fence {
         /// The lock.

@@ -145,14 +145,29 @@ impl LockGuard {
 
     /// Why a statement found nothing, or failed.
     pub(crate) fn why_not(&self, error: Option<postgres::Error>) -> Error {
-        // A hold that is past its deadline shall not be refreshed by who looks for it.
-        let is_there = || self.hold.is_before_deadline() && self.storage.look_for(&self.hold) == Some(true);
         match error {
+            Some(source) if !is_serialization_failure(&source) => self.failed("fence", source),
             // A takeover, or something else in the transaction.
-            Some(source) if !is_serialization_failure(&source) || is_there() => self.failed("fence", source),
-            None if is_there() => Error::Fence { lock_id: self.lock_id().to_owned(), problem: NOT_SEEN },
-            Some(_) | None => self.hold.lost(),
+            error => match self.look_for() {
+                Some(true) => error.map_or_else(|| self.unfit(NOT_SEEN), |source| self.failed("fence", source)),
+                Some(false) => {
+                    self.hold.is_not_there();
+                    self.hold.lost()
+                }
+                None => self.hold.lost(),
+            },
         }
+    }
+
+    /// Whether the hold is there, as the database says now; none if it doesn't, or the deadline has passed: before it was asked, because
+    /// who looks for a hold refreshes it; or since then, because it may have been there, and its lease be over.
+    pub(crate) fn look_for(&self) -> Option<bool> {
+        let is_there = if self.hold.is_before_deadline() { self.storage.look_for(&self.hold) } else { None };
+        is_there.filter(|_| self.hold.is_before_deadline())
+    }
+
+    pub(crate) fn unfit(&self, problem: &'static str) -> Error {
+        Error::Fence { lock_id: self.lock_id().to_owned(), problem }
     }
 
     pub(crate) fn failed(&self, what: &str, source: postgres::Error) -> Error {

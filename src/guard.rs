@@ -95,11 +95,13 @@ impl LockGuard {
             (state.unlocking == Unlocking::Done, state.is_gone)
         };
         if is_done {
-            // By the commit of a transaction.
+            // By the commit of a transaction, of which the refresh thread may have heard, and nobody else.
+            self.storage.lines().lose_hold(hold);
             self.tell_release(true);
             return Ok(());
         }
         if !hold.is_held() {
+            hold.lose();
             self.storage.lines().lose_hold(hold);
             if !is_gone {
                 // A refresh that is stuck may yet renew a lease that nobody wants any more.
@@ -108,7 +110,9 @@ impl LockGuard {
             return Err(hold.lost());
         }
         let result = self.storage.release(hold);
-        if !result.as_ref().is_err_and(Error::is_lease_lost) {
+        if result.as_ref().is_err_and(Error::is_lease_lost) {
+            hold.lose();
+        } else {
             self.tell_release(result.is_ok());
         }
         result
@@ -135,8 +139,8 @@ impl LockGuard {
         }
         let is_mine_to_tell = {
             let mut state = self.hold.state();
-            // While there are other guards, the refresh thread tells, and calls who wants to hear of a loss.
-            state.guards == 0 && state.tell_end()
+            // What was found while there was a guard is told by the refresh thread, which calls who wants to hear of it.
+            state.guards == 0 && !state.is_gone && state.tell_end()
         };
         if is_mine_to_tell {
             self.hold.tell_loss(self.storage.events());

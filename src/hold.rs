@@ -32,7 +32,7 @@ pub(crate) struct HoldState {
     pub(crate) term: Term,
     /// How many guards there are; at zero the hold is being released, and nobody may enter it again.
     pub(crate) guards: usize,
-    /// The database said that the hold is not there any more.
+    /// The database said that the hold is not there any more, while there were guards. Then its thread tells so, also if they have gone since.
     pub(crate) is_gone: bool,
     /// Other processes wait for the lock, as far as is known.
     pub(crate) is_wanted: bool,
@@ -76,6 +76,12 @@ impl HoldState {
     /// Whether nobody counts on it any more.
     pub(crate) fn is_over(&self) -> bool {
         self.guards == 0 || self.unlocking == Unlocking::Done
+    }
+
+    /// The database says so.
+    fn is_not_there(&mut self) {
+        self.term.lose();
+        self.is_gone = true;
     }
 
     /// Its end is going to be told by whoever asks; false if somebody else has done so, or nobody was told that it began.
@@ -166,17 +172,32 @@ impl Hold {
             }
             // Released meanwhile: no loss.
             Ok(None) if state.guards == 0 || matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) => return,
-            Ok(None) if matches!(state.unlocking, Unlocking::Unknown(_)) => state.set_unlocking(Unlocking::Done, now),
-            Ok(None) => {
-                state.term.lose();
-                state.is_gone = true;
+            // Later it may as well be over because it was rolled back, and its lease ran out.
+            Ok(None) if matches!(state.unlocking, Unlocking::Unknown(_)) && state.term.is_held(now) => {
+                state.set_unlocking(Unlocking::Done, now);
             }
+            Ok(None) => state.is_not_there(),
             Err(_) => {}
         }
         // An answer that nobody has read yet is not replaced by that of an older attempt.
         if state.answer.as_ref().is_none_or(|(unread, _)| *unread < number) {
             state.answer = Some((number, result.map(|_| now.duration_since(sent))));
         }
+        self.changed.notify_all();
+    }
+
+    /// The database says so, to a guard, of a hold that no transaction has released.
+    pub(crate) fn is_not_there(&self) {
+        let mut state = self.state();
+        if state.unlocking == Unlocking::No {
+            state.is_not_there();
+        }
+        self.changed.notify_all();
+    }
+
+    /// It was lost before it was released, as far as is known.
+    pub(crate) fn lose(&self) {
+        self.state().term.lose();
         self.changed.notify_all();
     }
 

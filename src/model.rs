@@ -37,6 +37,7 @@
 //! | `Term::extend` revives a hold that is over | `what_a_guard_says_is_true_whatever_gets_lost_or_late` |
 //! | who left the line is not withdrawn from the row | `a_process_of_which_nobody_waits_any_more_stands_in_no_row` |
 //! | a commit that releases the hold doesn't tell the line; the hold is trusted until then; an answer from before it is a loss | `a_hold_that_a_transaction_releases_is_over_with_its_commit_and_goes_on_with_its_rollback` |
+//! | what isn't there any more at the end of the lease is taken for committed, by who asks or by a refresh; a loss that a release found is kept to itself | `of_a_transaction_that_ends_as_the_lease_does_nobody_says_what_is_not_known` |
 //! | a lock that was taken too late for its caller is not undone | `what_was_taken_too_late_or_by_a_lost_answer_is_given_back` |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -52,7 +53,7 @@ use shuttle::{Config, FailurePersistence, Runner};
 use uuid::Uuid;
 
 use crate::hold::Unlocking;
-use crate::session::{Weather, check, end_transaction, fault, release_in_transaction, server, start_server};
+use crate::session::{Weather, check, end_transaction, release_in_transaction, server, start_server};
 use crate::sync::{CLOCK_TASK, Instant, Pace, live_threads, random, start_clock, stop_clock, thread};
 use crate::toy::Row;
 use crate::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
@@ -496,7 +497,7 @@ fn released_in_a_transaction() {
         match commits && is_last {
             true if is_answered => guard.unlocked(),
             false if is_answered => guard.hold.set_unlocking(Unlocking::No),
-            is_committed => assert_eq!(guard.settle(fault()).is_ok(), is_committed, "it finds out"),
+            is_committed => assert_eq!(guard.settle(), is_committed, "it finds out"),
         }
         if commits && is_last {
             for _ in 0..random() % 3 {
@@ -521,6 +522,38 @@ fn released_in_a_transaction() {
 #[test]
 fn a_hold_that_a_transaction_releases_is_over_with_its_commit_and_goes_on_with_its_rollback() {
     explore(Pace::Lazy, Weather { delay: 16 * MS, ..CALM }, released_in_a_transaction);
+}
+
+/// The transaction ends as the lease does, and the answer to its commit is lost.
+fn released_in_a_transaction_as_the_lease_ends() {
+    let storage = process();
+    let losses = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&losses);
+    let options =
+        LockOptions::new("l").lease_expire_after(LEASE).lease_refresh_interval(LEASE / 4).on_lost(move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
+        });
+    // Time may pass at any moment, also until it gives up.
+    let Ok(guard) = StorageLock::with_options(&storage, options).expect("a lock").lock("o") else { return };
+    assert!(guard.hold.begin_unlocking().expect("nobody else"), "one guard");
+    assert!(release_in_transaction(&guard.hold.claim));
+    thread::sleep(LEASE - [400, 200, 50, 0][random() as usize % 4] * MS);
+    let is_committed = random().is_multiple_of(2);
+    end_transaction(&guard.hold.claim, is_committed);
+    assert!(!guard.settle() || is_committed, "said to be committed");
+    thread::sleep(LEASE * (random() % 2));
+    let signal = guard.lost();
+    match guard.unlock() {
+        Ok(()) => assert!(is_committed || !signal.is_lost(), "lost, and said to be released"),
+        Err(error) => assert!(!error.is_lease_lost() || signal.is_lost(), "lost, and its signal doesn't know"),
+    }
+    settle(&[&storage]);
+    assert!(losses.load(Ordering::SeqCst) <= 1, "told twice");
+}
+
+#[test]
+fn of_a_transaction_that_ends_as_the_lease_does_nobody_says_what_is_not_known() {
+    explore(Pace::Eager, CALM, released_in_a_transaction_as_the_lease_ends);
 }
 
 /// With a lease that nobody would like to wait for.

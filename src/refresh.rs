@@ -57,7 +57,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
     let mut next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
     loop {
         let now = Instant::now();
-        if state.guards == 0 {
+        if state.guards == 0 && !(state.is_gone && state.owes_end) {
             return;
         }
         if state.unlocking == Unlocking::Done {
@@ -91,15 +91,19 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 log::trace!(target: "storage_lock", "refreshed lock {:?}", hold.claim.lock_id);
                 None
             }
+            _ if state.unlocking == Unlocking::Pending => {
+                // One that is under way waits for the transaction, which is no failure.
+                if matches!(next, Next::Answer { .. }) {
+                    next = Next::Refresh(now);
+                }
+                let wake = state.term.loss_time();
+                drop(wait_until(&hold.changed, state, wake));
+                None
+            }
             (Some((number, Err(error))), Next::Answer { .. }) if number == attempt => {
                 drop(state);
                 failures += 1;
                 Some((error, backoff(failures).min(hold.remaining() / 2)))
-            }
-            _ if state.unlocking == Unlocking::Pending => {
-                let wake = state.term.loss_time();
-                drop(wait_until(&hold.changed, state, wake));
-                None
             }
             (_, Next::Refresh(at)) if *at <= now => {
                 attempt += 1;

@@ -113,6 +113,7 @@ pub(crate) struct Sql {
     pub(crate) withdraw: Prepared,
     pub(crate) fence: String,
     pub(crate) unlock_in: String,
+    pub(crate) is_unlocked_in: String,
     pub(crate) get: String,
     pub(crate) list: String,
     pub(crate) version_check: String,
@@ -159,12 +160,12 @@ impl Sql {
         FROM {rows}, unnest(waiters) WITH ORDINALITY AS told (waiter, place))"
             )
         };
-        // $1 lock, $2 version, $3 lease id as text, which every driver can send. In the caller's session: no more than what is needed,
-        // and nothing that its settings could change. A row is the proof.
-        let fence = format!(
-            "SELECT version FROM {table} WHERE lock_id = $1 AND version = $2 AND lease_id = $3::text::uuid \
-             AND released_at IS NULL FOR KEY SHARE"
-        );
+        // $1 lock, $2 version, $3 lease id as text, which every driver can send. It runs in the caller's session, whose search path decides
+        // what an operator or a type is that doesn't name its schema.
+        let own = "lock_id OPERATOR(pg_catalog.=) $1 AND version OPERATOR(pg_catalog.=) $2 \
+                   AND lease_id OPERATOR(pg_catalog.=) $3::pg_catalog.text::pg_catalog.uuid";
+        // A row is the proof.
+        let fence = format!("SELECT version FROM {table} WHERE {own} AND released_at IS NULL FOR KEY SHARE");
         Sql {
             create_table: format!(
                 "CREATE TABLE {table} (\n    \
@@ -307,18 +308,20 @@ SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waite
                 )
             }),
             fence: fence.clone(),
-            // The same parameters.
+            // The same parameters. False in a savepoint, where what is written is a subtransaction's.
             unlock_in: format!(
                 "WITH own AS MATERIALIZED (
     {fence}
 ), released AS (
     UPDATE {table} SET released_at = clock_timestamp()
-    WHERE lock_id = $1 AND version = (SELECT version FROM own) AND lease_id = $3::text::uuid AND released_at IS NULL
-    RETURNING waiters
+    WHERE {own} AND EXISTS (SELECT FROM own) AND released_at IS NULL
+    RETURNING waiters, xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) txid_current() % 4294967296 AS is_whole
 )
-SELECT EXISTS (SELECT FROM released), {told}",
+SELECT (SELECT is_whole FROM released), {told}",
                 told = tell("released"),
             ),
+            // The same parameters. Whether the transaction still releases the hold.
+            is_unlocked_in: format!("SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL"),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
             list: format!(
                 "SELECT {information} FROM {table}

@@ -5,13 +5,16 @@ use std::ops::{Deref, DerefMut};
 
 use postgres::Transaction;
 
-use crate::error::{Error, Result, is_connection_fault};
+use crate::error::{Result, is_connection_fault};
 use crate::guard::LockGuard;
 use crate::hold::Unlocking;
 use crate::sync::Instant;
 
 /// What is wrong with a second transaction that would release a hold.
 const RELEASED_ALREADY: &str = "another transaction releases the lock already";
+
+/// What is wrong with a transaction whose commit would not release the hold.
+const NOT_RELEASED: &str = "its release was rolled back, to a savepoint or by a statement that ended the transaction";
 
 /// A transaction that releases a lock when it is committed, and keeps it when it is rolled back or dropped. From
 /// [`LockGuard::unlock_in`].
@@ -29,6 +32,8 @@ struct Pending<'a> {
     guard: &'a LockGuard,
     /// It is not for another guard to release the lock.
     releases: bool,
+    /// It was released in no savepoint: after its commit nothing can be rolled back any more.
+    is_whole: bool,
 }
 
 impl LockGuard {
@@ -51,6 +56,9 @@ impl LockGuard {
     /// After the commit the guard is of no more use; dropping it does nothing. An inner guard of a lock that was taken more than once
     /// releases nothing, and only fences.
     ///
+    /// Give it the whole transaction. The commit of one within another one only releases a savepoint: it waits for 2 s for the end of the
+    /// whole, and leaves it to the next refresh to find out whether the lock was released.
+    ///
     /// At `REPEATABLE READ` and `SERIALIZABLE` it fails with SQLSTATE 40001 if the lease was refreshed after the transaction began, and at
     /// `SERIALIZABLE` perhaps for other transactions that release other locks: repeat it, or use `fence`, and unlock after the commit. Where
     /// others wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
@@ -65,15 +73,16 @@ impl LockGuard {
         let releases = match self.hold.begin_unlocking() {
             Ok(releases) => releases,
             Err(Unlocking::Done) => return Err(self.hold.lost()),
-            Err(_) => return Err(Error::Fence { lock_id: self.lock_id().to_owned(), problem: RELEASED_ALREADY }),
+            Err(_) => return Err(self.unfit(RELEASED_ALREADY)),
         };
-        let pending = Pending { guard: self, releases };
+        let mut pending = Pending { guard: self, releases, is_whole: false };
         if !releases {
             self.fence(&mut transaction)?;
             return Ok(UnlockTransaction { transaction, pending });
         }
         let result = self.query(&mut transaction, &self.storage.sql().unlock_in);
-        if result.as_ref().is_ok_and(|rows| rows.first().is_some_and(|row| row.try_get(0).unwrap_or(false))) {
+        if let Some(is_whole) = result.as_ref().ok().and_then(|rows| rows.first()?.try_get(0).ok()?) {
+            pending.is_whole = is_whole;
             return Ok(UnlockTransaction { transaction, pending });
         }
         drop((transaction, pending));
@@ -87,42 +96,54 @@ impl LockGuard {
         self.tell_release(true);
     }
 
-    /// The answer to its commit was lost: asks what became of it.
-    pub(crate) fn settle(&self, source: postgres::Error) -> Result<()> {
-        let asked = Unlocking::Unknown(Instant::now());
-        self.hold.set_unlocking(asked);
-        match self.storage.look_for(&self.hold) {
-            Some(false) => {
-                self.unlocked();
-                return Ok(());
-            }
+    /// Whether the hold was released is not known: asks, and says whether it was.
+    pub(crate) fn settle(&self) -> bool {
+        self.hold.set_unlocking(Unlocking::Unknown(Instant::now()));
+        let is_there = self.look_for();
+        match is_there {
+            Some(false) => self.unlocked(),
             Some(true) => self.hold.set_unlocking(Unlocking::No),
-            // The next refresh will tell.
+            // The next refresh will tell, or nothing.
             None => {}
         }
-        Err(self.failed("commit", source))
+        is_there == Some(false)
     }
 }
 
 impl UnlockTransaction<'_> {
     /// Commits what the transaction did, and releases the lock with it. After that, others have the lock as soon as they hear of it.
     ///
+    /// It asks the transaction for the release first, one statement more: the server answers the commit of a transaction in which a statement has
+    /// failed as any other, and rolls it back.
+    ///
     /// # Errors
-    /// [`Error::Database`] if the server refused to commit: then the lock is held as before. If the connection broke, up to 2 s are used to find out
-    /// what became of it: a commit that happened is `Ok`; if that can't be found out, the hold isn't trusted until it is.
+    /// [`Error::Database`] if a statement of the transaction had failed, or the server refused to commit; [`Error::Fence`] if the release was rolled
+    /// back with a part of it: then nothing is committed, and the lock is held as before. If the connection broke in the commit,
+    /// up to 2 s are used to find out what became of it: a commit that happened is `Ok`. If that can't be found out, because the database
+    /// doesn't answer, or the hold's deadline has passed, it is [`Error::Database`] without a SQLSTATE, and the hold isn't trusted
+    /// until it is known.
     pub fn commit(self) -> Result<()> {
-        let UnlockTransaction { transaction, mut pending } = self;
+        let UnlockTransaction { mut transaction, mut pending } = self;
+        let guard = pending.guard;
+        if pending.releases {
+            let rows = guard.query(&mut transaction, &guard.storage.sql().is_unlocked_in);
+            if rows.map_err(|source| guard.failed("commit", source))?.is_empty() {
+                return Err(guard.unfit(NOT_RELEASED));
+            }
+        } else {
+            guard.fence_past_deadline(&mut transaction)?;
+        }
         let result = transaction.commit();
         // If the server refused, the lock is held as before.
-        let is_over = result.as_ref().err().is_none_or(is_connection_fault);
-        let releases = is_over && std::mem::replace(&mut pending.releases, false);
-        match result {
-            Ok(()) if releases => pending.guard.unlocked(),
-            Ok(()) => {}
-            Err(source) if releases => return pending.guard.settle(source),
-            Err(source) => return Err(pending.guard.failed("commit", source)),
+        let may_be_committed = result.as_ref().err().is_none_or(is_connection_fault);
+        if may_be_committed && std::mem::take(&mut pending.releases) {
+            if result.is_ok() && pending.is_whole {
+                guard.unlocked();
+            } else if guard.settle() {
+                return Ok(());
+            }
         }
-        Ok(())
+        result.map_err(|source| guard.failed("commit", source))
     }
 
     /// Rolls the transaction back, and keeps the lock.

@@ -122,7 +122,7 @@ pub(crate) struct Session {
 }
 
 /// As if the connection had been lost: an error without the server's words.
-pub(crate) fn fault() -> postgres::Error {
+fn fault() -> postgres::Error {
     "port=none".parse::<Config>().expect_err("not a port")
 }
 

@@ -306,7 +306,6 @@ fn release_and_refresh_are_idempotent() {
     assert!(!release(&mut session, &table.sql, &mine, Some(version + 1)));
 }
 
-/// Behind a pooler, the statement of that name may be another one, or the same one for another table.
 /// A holder of the past is stopped in the transaction that would have released the lock.
 #[test]
 fn a_release_that_has_waited_for_a_takeover_leaves_the_next_owners_row_to_be_refreshed() {
@@ -323,7 +322,7 @@ fn a_release_that_has_waited_for_a_takeover_leaves_the_next_owners_row_to_be_ref
     let mut transaction = thread::scope(|scope| {
         let unlocking = scope.spawn(|| {
             let row = stopped.query_one(&table.sql.unlock_in, &[&"l", &1_i64, &lease_id]).unwrap();
-            assert!(!row.get::<_, bool>(0), "released its successor's hold");
+            assert_eq!(row.get::<_, Option<bool>>(0), None, "released its successor's hold");
             stopped
         });
         let waits = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND NOT granted";
@@ -335,6 +334,7 @@ fn a_release_that_has_waited_for_a_takeover_leaves_the_next_owners_row_to_be_ref
     assert!(session.refresh(&table.sql, &new, 2).unwrap().is_some());
 }
 
+/// Behind a pooler, the statement of that name may be another one, or the same one for another table.
 #[test]
 fn a_statement_in_another_place_does_nothing() {
     let (table, other) = (Table::new(), Table::new());

@@ -311,6 +311,30 @@ fn a_refresh_that_gets_no_answer_is_told_as_failed_once() {
     assert_eq!((log.count(What::Lost), log.count(What::Released)), (8, 0));
 }
 
+/// It waits in the server, for the transaction that would release the hold.
+#[test]
+fn a_refresh_that_waits_for_a_transaction_that_releases_the_lock_has_not_failed() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let (storage, log) = telling_with(Table::of(&proxy.dsn, &table.name).options());
+    let (mut client, mut observer) = (table.client(), table.client());
+    let guard = short_lock(&storage, "l", ms(6_000), ms(100)).lock("worker").unwrap();
+    is_refreshed(&guard);
+    proxy.stall(true, false);
+    // The next one is on its way.
+    thread::sleep(ms(300));
+    let transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+    proxy.stall(false, false);
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%'";
+    eventually("it waits", || observer.query_one(waits, &[&table.name]).unwrap().get::<_, i64>(0) > 0);
+    // Until there would have been another one.
+    thread::sleep(ms(3_500));
+    transaction.rollback().unwrap();
+    is_refreshed(&guard);
+    guard.unlock().unwrap();
+    assert_eq!(log.whats(), [What::Acquired, What::Released], "{:?}", log.all());
+}
+
 #[test]
 fn a_loss_is_told_once_whoever_finds_out() {
     let table = Table::new();

@@ -442,14 +442,16 @@ fn a_transaction_that_was_fenced_before_its_guard_was_dropped_commits_before_any
 #[test]
 fn who_waits_behind_a_fenced_transaction_does_not_hang_in_the_server_and_gives_up_in_time() {
     let table = Table::new();
-    let guard = table.short_lock("l", ms(1_000), ms(600)).lock("worker-1").unwrap();
+    let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
     let (mut client, mut observer) = (table.client(), table.client());
     let mut transaction = client.transaction().unwrap();
     guard.fence(&mut transaction).unwrap();
-    for is_released in [false, true] {
-        // While it is held, when its lease has run out, and when it is released.
-        if is_released {
-            drop(table.lock("other"));
+    let expired = "UPDATE $T SET lease_expire_time = clock_timestamp()";
+    let released = "UPDATE $T SET released_at = clock_timestamp()";
+    for (becomes, is_held) in [(None, true), (Some(expired), false), (Some(released), false)] {
+        if let Some(change) = becomes {
+            table.execute(change);
+            eventually("its holder hears of it", || !guard.is_held());
         }
         let theirs = table.lock("l");
         let waiter = thread::spawn(move || {
@@ -462,12 +464,66 @@ fn who_waits_behind_a_fenced_transaction_does_not_hang_in_the_server_and_gives_u
             thread::sleep(ms(2));
         }
         assert!(!waiter.join().unwrap());
-        if !is_released {
-            table.execute("UPDATE $T SET released_at = clock_timestamp()");
-        }
+        assert_eq!(guard.is_held(), is_held);
     }
     transaction.commit().unwrap();
     assert!(table.lock("l").try_lock_for("worker-2", ms(2_000)).unwrap().is_some());
+}
+
+/// What keeps the lock of a process that is stopped, or whose machine is gone, and had fenced a transaction.
+#[test]
+fn a_fence_of_a_session_that_idles_for_too_long_is_ended_by_the_server() {
+    let table = Table::new();
+    with_number(&table);
+    let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
+    let mut client = table.client();
+    client.batch_execute("SET idle_in_transaction_session_timeout = '3s'").unwrap();
+    let mut transaction = client.transaction().unwrap();
+    set(&mut transaction, &table, 1).unwrap();
+    guard.fence(&mut transaction).unwrap();
+    table.expire("l");
+    let (theirs, start) = (table.lock("l"), Instant::now());
+    assert!(theirs.try_lock_for("worker-2", ms(1_000)).unwrap().is_none());
+    assert!(theirs.try_lock_for("worker-2", ms(10_000)).unwrap().is_some());
+    assert!(start.elapsed() >= ms(2_000), "it was not the timeout that ended it");
+    transaction.commit().unwrap_err();
+    assert_eq!(number(&table), 0);
+    without_number(table);
+}
+
+/// An operator, or a type, of its schema could say that any lease is the right one.
+#[test]
+fn the_search_path_of_the_transaction_changes_nothing() {
+    let table = Table::new();
+    let evil = format!("{}_evil", table.name);
+    let mut client = table.client();
+    client.batch_execute(&format!("CREATE SCHEMA {evil}")).unwrap();
+    for of in ["text", "bigint", "uuid"] {
+        let create = format!(
+            "CREATE FUNCTION {evil}.same({of}, {of}) RETURNS boolean IMMUTABLE LANGUAGE sql AS 'SELECT true';
+             CREATE OPERATOR {evil}.= (FUNCTION = {evil}.same, LEFTARG = {of}, RIGHTARG = {of})"
+        );
+        client.batch_execute(&create).unwrap();
+    }
+    client
+        .batch_execute(&format!(
+            "SET search_path = {evil}, pg_catalog; CREATE TEMPORARY TABLE uuid (); CREATE TEMPORARY TABLE text ()"
+        ))
+        .unwrap();
+    assert!(client.query_one("SELECT 1::bigint = 2::bigint", &[]).unwrap().get::<_, bool>(0), "it is evil");
+    let guard = table.lock("l").lock("worker-1").unwrap();
+    let own = guard.fence_statement();
+    guard.fence(&mut client.transaction().unwrap()).unwrap();
+    guard.unlock_in(client.transaction().unwrap()).unwrap().rollback().unwrap();
+    // As a restore would have it: another hold of the same version.
+    table.execute("UPDATE $T SET lease_id = gen_random_uuid()");
+    assert!(is_lost(guard.fence(&mut client.transaction().unwrap())));
+    let mut transaction = client.transaction().unwrap();
+    let params: [&(dyn postgres::types::ToSql + Sync); 3] = [&own.lock_id, &own.version, &own.lease_id];
+    assert!(transaction.query_opt(&own.sql, &params).unwrap().is_none());
+    drop(transaction);
+    assert!(is_lost(guard.unlock_in(client.transaction().unwrap()).map(drop)));
+    client.batch_execute(&format!("RESET search_path; DROP SCHEMA {evil} CASCADE")).unwrap();
 }
 
 /// A process that is stopped for longer than its lease, with its commit before it.

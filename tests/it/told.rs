@@ -78,11 +78,15 @@ fn a_loss_is_told_by_the_deadline_while_the_network_swallows_packets() {
     let (lock, told) = lock_that_tells(&Table::of(&proxy.dsn, &table.name).storage(), ms(3_000), ms(200));
     let guard = lock.lock("worker-1").unwrap();
     is_refreshed(&guard);
+    let signal = guard.lost();
+    let waiting = waiting_thread(move || signal.wait_for(Duration::MAX).then(Instant::now));
     proxy.swallow();
     let deadline = last_deadline(&guard);
     let told_at = was_told_in_time(&told, deadline).at;
+    let woken_at = waiting.join().unwrap().expect("it is lost");
     // Before anybody else could have owned the lock.
-    assert!(told_at < end_of_lease(&table));
+    let end = end_of_lease(&table);
+    assert!(told_at < end && woken_at < end);
     assert!(guard.unlock().unwrap_err().is_lease_lost());
     assert!(told.recv_timeout(ms(500)).is_err(), "told twice");
 }
@@ -111,6 +115,45 @@ fn a_loss_that_the_database_tells_of_is_told_at_once() {
     table.execute("DELETE FROM $T");
     let told = told.recv_timeout(ms(3_000)).expect("told with the next refresh");
     assert!(told.is_lost && !guard.is_held());
+}
+
+/// The guard found it out, and its holder has better things to do than to keep it.
+#[test]
+fn a_loss_that_a_fence_finds_is_told_although_the_guard_goes_at_once() {
+    let table = Table::new();
+    let (lock, told) = lock_that_tells(&table.storage(), ms(10_000), ms(3_000));
+    let mut client = table.client();
+    for round in 0..50 {
+        let guard = lock.lock("worker-1").unwrap();
+        let signal = guard.lost();
+        table.expire("l");
+        drop(table.lock("l").try_lock("worker-2").unwrap().expect("the lock is free"));
+        assert!(guard.is_held(), "it hasn't heard of it");
+        let error = match round % 3 {
+            0 => guard.fence(&mut client.transaction().unwrap()).unwrap_err(),
+            1 => guard.unlock_in(client.transaction().unwrap()).map(drop).unwrap_err(),
+            _ => guard.transaction(&mut client, |_| Ok::<_, storage_lock::Error>(())).unwrap_err(),
+        };
+        assert!(error.is_lease_lost());
+        assert!(!guard.is_held() && signal.is_lost());
+        drop(guard);
+        let told = told.recv_timeout(ms(3_000)).expect("told");
+        assert_eq!(told.signal.version(), signal.version());
+        assert_eq!(told.thread.as_deref(), Some("lock-refresh"));
+    }
+    assert!(told.recv_timeout(ms(500)).is_err(), "told twice");
+}
+
+#[test]
+fn a_loss_that_a_release_finds_is_known_to_the_signal() {
+    let table = Table::new();
+    let guard = table.short_lock("l", ms(10_000), ms(3_000)).lock("worker-1").unwrap();
+    let signal = guard.lost();
+    table.expire("l");
+    let _new = table.lock("l").try_lock("worker-2").unwrap().expect("the lock is free");
+    assert!(!signal.is_lost(), "nobody has heard of it");
+    assert!(guard.unlock().unwrap_err().is_lease_lost());
+    assert!(signal.is_lost() && signal.wait_for(Duration::ZERO));
 }
 
 #[test]

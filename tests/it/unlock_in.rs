@@ -141,6 +141,156 @@ fn a_commit_that_never_arrived_keeps_the_lock() {
     without_number(table);
 }
 
+/// The server ends the session in the commit. That the hold is not there any more doesn't mean that it was committed: its lease may have run
+/// out before it was looked for, or meanwhile.
+#[test]
+fn a_commit_that_was_undone_is_not_taken_for_one_where_the_lease_has_run_out() {
+    let table = Table::new();
+    with_number(&table);
+    let function = format!("{}_end", table.name);
+    table.execute(&format!(
+        "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS
+         $$BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END$$"
+    ));
+    table.execute(&format!(
+        "CREATE CONSTRAINT TRIGGER ends AFTER UPDATE ON $T_number DEFERRABLE INITIALLY DEFERRED
+         FOR EACH ROW EXECUTE FUNCTION {function}()"
+    ));
+    let proxy = Proxy::to(&dsn());
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    for (lease, runs_out_before, runs_out_meanwhile) in
+        [(ms(10_000), false, false), (ms(3_000), true, false), (ms(1_000), false, true)]
+    {
+        let guard = short_lock(&storage, "l", lease, ms(100)).lock("worker-1").unwrap();
+        let mut client = table.client();
+        let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+        set(&mut transaction, &table, 1).unwrap();
+        let runs_out = runs_out_before || runs_out_meanwhile;
+        if runs_out_before {
+            assert!(guard.lost().wait_for(Duration::MAX));
+        }
+        let expires = || table.lock("l").info().unwrap().unwrap().lease_expire_time;
+        let before = expires();
+        thread::scope(|scope| {
+            if runs_out_meanwhile {
+                proxy.stall(true, false);
+                scope.spawn(|| {
+                    thread::sleep(ms(1_500));
+                    proxy.stall(false, false);
+                });
+            }
+            assert_eq!(code(&transaction.commit().unwrap_err()), Some(SqlState::ADMIN_SHUTDOWN));
+        });
+        assert_eq!(number(&table), 0);
+        assert_eq!((guard.is_held(), guard.lost().is_lost()), (!runs_out, runs_out));
+        assert_eq!(expires() == before, runs_out, "a hold that is lost is not refreshed");
+        assert_eq!(guard.unlock().is_err_and(|error| error.is_lease_lost()), runs_out);
+        assert!(table.lock("l").try_lock_for("worker-2", ms(2_000)).unwrap().is_some());
+    }
+    table.client().batch_execute(&format!("DROP FUNCTION {function} CASCADE")).unwrap();
+    without_number(table);
+}
+
+/// The server answers such a commit as any other, and the driver doesn't look.
+#[test]
+fn a_transaction_in_which_a_statement_failed_is_not_said_to_be_committed_and_keeps_the_lock() {
+    let table = Table::new();
+    with_number(&table);
+    let (lock, theirs, mut client) = (table.short_lock("l", ms(2_000), ms(100)), table.lock("l"), table.client());
+    let guard = lock.lock("worker-1").unwrap();
+    let inner = lock.lock("worker-1").unwrap();
+    for releases in [false, true] {
+        let releasing = if releases { &guard } else { &inner };
+        let mut transaction = releasing.unlock_in(client.transaction().unwrap()).unwrap();
+        set(&mut transaction, &table, 1).unwrap();
+        transaction.execute("SELECT 1 / 0", &[]).unwrap_err();
+        assert_eq!(code(&transaction.commit().unwrap_err()), Some(SqlState::IN_FAILED_SQL_TRANSACTION));
+        assert_eq!(number(&table), 0);
+        assert!(guard.is_held());
+        is_refreshed(&guard);
+        assert!(theirs.try_lock("worker-2").unwrap().is_none());
+        if !releases {
+            // The other one is the last.
+            drop(lock.lock("worker-1").unwrap());
+        }
+    }
+    drop(inner);
+    guard.unlock().unwrap();
+    without_number(table);
+}
+
+#[test]
+fn a_release_that_was_rolled_back_within_its_transaction_is_not_taken_for_one() {
+    let table = Table::new();
+    let (theirs, mut client) = (table.lock("l"), table.client());
+    let guard = table.short_lock("l", ms(2_000), ms(100)).lock("worker-1").unwrap();
+    for (before, after) in [("SAVEPOINT s", "ROLLBACK TO s"), ("", "ROLLBACK"), ("", "ROLLBACK; BEGIN")] {
+        let mut transaction = client.transaction().unwrap();
+        transaction.batch_execute(before).unwrap();
+        let mut transaction = guard.unlock_in(transaction).unwrap();
+        transaction.batch_execute(after).unwrap();
+        let error = transaction.commit().unwrap_err();
+        assert!(matches!(error, Error::Fence { .. }), "{error:?}");
+        assert!(guard.is_held(), "after {after:?}");
+        is_refreshed(&guard);
+        assert!(theirs.try_lock("worker-2").unwrap().is_none());
+    }
+    guard.unlock_in(client.transaction().unwrap()).unwrap().commit().unwrap();
+    assert!(theirs.try_lock("worker-2").unwrap().is_some());
+}
+
+/// Its commit is that of a savepoint, after which the whole can still be rolled back.
+#[test]
+fn the_release_in_a_transaction_within_another_one_counts_when_the_whole_has_ended() {
+    for is_committed in [false, true] {
+        let table = Table::new();
+        with_number(&table);
+        let (theirs, mut client) = (table.lock("l"), table.client());
+        let guard = table.short_lock("l", ms(20_000), ms(100)).lock("worker-1").unwrap();
+        let mut outer = client.transaction().unwrap();
+        let mut inner = guard.unlock_in(outer.transaction().unwrap()).unwrap();
+        set(&mut inner, &table, 1).unwrap();
+        takes_at_most(ms(2_500), "the commit", || inner.commit()).unwrap();
+        assert!(!guard.is_held(), "it may be released at any time");
+        assert!(theirs.try_lock("worker-2").unwrap().is_none());
+        if is_committed {
+            outer.commit().unwrap();
+            assert!(theirs.try_lock_for("worker-2", ms(2_000)).unwrap().is_some());
+            assert!(!takes_at_most(ms(5_000), "the next refresh", || guard.lost().wait_for(Duration::MAX)));
+            guard.unlock().unwrap();
+        } else {
+            outer.rollback().unwrap();
+            eventually("it is held again", || guard.is_held());
+            is_refreshed(&guard);
+            assert!(theirs.try_lock("worker-2").unwrap().is_none());
+        }
+        assert_eq!(number(&table), i64::from(is_committed));
+        without_number(table);
+    }
+}
+
+/// The driver leaves a savepoint behind when it rolls back to it.
+#[test]
+fn a_transaction_in_which_another_one_was_rolled_back_releases_the_lock() {
+    for level in LEVELS {
+        let table = Table::new();
+        let (ours, theirs, mut client) = (table.lock("l"), table.lock("l"), table.client());
+        let guard = ours.lock("worker-1").unwrap();
+        let own = waits_for(&ours);
+        let mut outer = begin(&mut client, level);
+        outer.transaction().unwrap().rollback().unwrap();
+        let transaction = guard.unlock_in(outer).unwrap();
+        let version = takes_at_most(ms(5_000), "the commit, and who waits", || {
+            transaction.commit().unwrap();
+            own.join().unwrap()
+        });
+        assert_eq!(version, 2);
+        assert!(!guard.is_held() && !guard.lost().is_lost());
+        guard.unlock().unwrap();
+        assert!(theirs.try_lock("worker-2").unwrap().is_some());
+    }
+}
+
 #[test]
 fn a_commit_notifies_who_waits_in_another_process_and_wakes_who_waits_in_this_one() {
     let table = Table::new();
