@@ -37,7 +37,7 @@
 //! | `Term::extend` revives a hold that is over | `what_a_guard_says_is_true_whatever_gets_lost_or_late` |
 //! | who left the line is not withdrawn from the row | `a_process_of_which_nobody_waits_any_more_stands_in_no_row` |
 //! | a commit that releases the hold doesn't tell the line; the hold is trusted until then; an answer from before it is a loss | `a_hold_that_a_transaction_releases_is_over_with_its_commit_and_goes_on_with_its_rollback` |
-//! | what isn't there any more at the end of the lease is taken for committed, by who asks or by a refresh; a loss that a release found is kept to itself | `of_a_transaction_that_ends_as_the_lease_does_nobody_says_what_is_not_known` |
+//! | what isn't there any more at the end of the lease is taken for committed, by who asks or by a refresh; what `unlock` says is lost, its signal doesn't; a commit that a refresh has found out is not told to the line | `of_a_transaction_that_ends_as_the_lease_does_nobody_says_what_is_not_known` |
 //! | a lock that was taken too late for its caller is not undone | `what_was_taken_too_late_or_by_a_lost_answer_is_given_back` |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]

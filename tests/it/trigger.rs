@@ -365,9 +365,16 @@ fn an_older_writer_waits_for_a_newer_ones_open_transaction_and_is_refused_if_it_
 }
 
 #[test]
-fn writers_under_one_version_do_not_wait_for_each_other() {
+fn writers_under_one_version_wait_for_the_first_of_them_and_not_for_each_other() {
     let schema = Schema::guarded();
-    schema.insert(1).unwrap();
+    let mut first = client();
+    let mut first = first.transaction().unwrap();
+    schema.say(&mut first, "l", 1).unwrap();
+    thread::scope(|scope| {
+        let second = schema.waiting_insert(scope, 1);
+        first.commit().unwrap();
+        assert_eq!(second.join().unwrap(), Ok(()));
+    });
     let mut clients: Vec<Client> = (0..4).map(|_| client()).collect();
     let mut open: Vec<Transaction<'_>> = clients.iter_mut().map(|client| client.transaction().unwrap()).collect();
     for transaction in &mut open {
