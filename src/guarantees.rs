@@ -5,11 +5,13 @@
 //!
 //! # In short
 //!
-//! - A hold has a *lease*. Whoever holds a lock and stops to refresh it, because it died, hangs, or can't reach the database, loses it.
-//! - The holder knows: [`is_held`](crate::LockGuard::is_held) turns false, and [`on_lost`](crate::LockOptions::on_lost) is called, before
-//!   anybody else can have the lock. But it may be stopped between looking and acting, and then acts late.
+//! - A hold has a *lease*. A process that holds a lock and doesn't refresh it any more, because it died, is stopped, or can't reach the
+//!   database, loses it. A thread that hangs in a process that lives keeps it.
+//! - The holder knows: [`is_held`](crate::LockGuard::is_held) turns false before anybody else can have the lock, and
+//!   [`on_lost`](crate::LockOptions::on_lost) is called by then, unless the process is stopped. But it may be stopped between looking and
+//!   acting, and then acts late.
 //! - A late write to the same database is refused by a [`fence`](crate::LockGuard::fence). A late write elsewhere is refused if
-//!   the place compares [`version`](crate::LockGuard::version)s. Nothing else refuses it.
+//!   the place compares [`version`](crate::LockGuard::version)s, and has seen the newer one. Nothing else refuses it.
 //!
 //! # Which to use when
 //!
@@ -47,10 +49,12 @@
 //!   (test `nobody_acquires_the_lock_before_a_fenced_transaction_ends`, test
 //!   `of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions`).
 //! - **The version tells the order.** It grows with every hold, and belongs to one hold (test `the_version_grows_with_every_hold`), as long as
-//!   the database keeps what it has committed.
+//!   the database keeps what it has committed, and nobody deletes rows.
 //! - **A guard touches its own hold only** (test `a_hold_that_was_taken_over_is_lost_and_touches_its_successor_no_more`).
 //! - **Every call comes back** in the time that its documentation says (test `with_all_packets_swallowed_every_call_comes_back`), and nothing
-//!   panics in the caller's thread (test `called_from_a_thread_of_an_async_runtime_it_blocks_and_does_not_panic`).
+//!   panics in the caller's thread (test `called_from_a_thread_of_an_async_runtime_it_blocks_and_does_not_panic`). Not so what runs on a
+//!   connection of yours, as a fence does: it takes as long as that connection lets it (set `tcp_user_timeout` and `lock_timeout`), and
+//!   `postgres` panics on a thread of an async runtime.
 //!
 //! # What holds while clocks and the database behave
 //!
@@ -64,12 +68,13 @@
 //! Then:
 //!
 //! - **One owner.** No hold is trusted ([`is_held`](crate::LockGuard::is_held)) while, or after, a newer one of its lock is.
-//! - **A loss is told in time.** `is_held` is false, [`on_lost`](crate::LockOptions::on_lost) is called, and [`lost`](crate::LockGuard::lost) wakes who
-//!   waits for it, before anybody else can own the lock (test `a_loss_is_told_by_the_deadline_while_the_network_swallows_packets`, test
-//!   `a_loss_is_told_by_the_deadline_while_the_server_is_frozen`).
-//! - **Everybody goes on.** When the faults are over, whoever waits gets the lock, within the lease of whoever died holding it. Nothing is left over: no
-//!   hold, connection, thread or place in a row.
-//! - **Nothing is lost for nothing.** A hold whose refreshes get through is not lost, and a lock that nobody wants is not refused.
+//! - **A loss is told in time.** Before anybody else can own the lock, `is_held` is false, [`on_lost`](crate::LockOptions::on_lost) is called, and
+//!   [`lost`](crate::LockGuard::lost) wakes who waits for it (test `a_loss_is_told_by_the_deadline_while_the_network_swallows_packets`, test
+//!   `a_loss_is_told_by_the_deadline_while_the_server_is_frozen`). In a process that was stopped, `is_held` is false when it
+//!   wakes, and the rest comes after that (test `a_signal_tells_of_the_deadline_also_to_a_process_that_was_stopped`).
+//! - **Everybody goes on.** When the faults are over, whoever waits gets the lock, a moment after the lease of whoever died holding it, and the end of
+//!   the transaction that this one had fenced. Nothing is left over: no hold, connection, thread or place in a row.
+//! - **Nothing is lost for nothing.** A hold whose refreshes get through is not lost, and no lost answer makes a lock look taken.
 //!
 //! Test `whatever_is_hurt_the_verdict_holds` hurts worker processes, their network and their server in all of these ways, drawn from a seed,
 //! records what every thread saw, and has it judged by rules that know nothing of how the lock is made. Its workers write through fences, and no
@@ -79,13 +84,16 @@
 //! # What only the fence gives
 //!
 //! - **A late write is refused**, however late it is, and whether or not its writer knows that it is late (test
-//!   `the_commit_of_a_zombie_is_refused_at_every_isolation_level`).
-//! - **What was read is still true at the commit**: a transaction that is fenced last has seen nothing that a later owner could have changed before (test
-//!   `of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions`).
+//!   `the_commit_of_a_zombie_is_refused_at_every_isolation_level`, test
+//!   `the_transaction_of_a_hold_that_was_taken_over_is_refused_at_every_isolation_level`).
+//! - **What was read is still true at the commit**, as far as only owners of the lock change it: if there has been another one since, the
+//!   fence refuses (test `of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_versions`).
 //! - **The next owner waits** for a transaction that was fenced already, also when its holder is stopped, its lease is over, or its guard was
 //!   dropped (test `who_would_take_over_from_a_zombie_with_a_fence_waits_until_it_ends`, test
 //!   `a_transaction_that_was_fenced_before_its_guard_was_dropped_commits_before_anybody_has_the_lock`). So fence late, and let the server end
-//!   sessions that stop in a transaction (`idle_in_transaction_session_timeout`): else a stopped process keeps the lock for as long as it is stopped.
+//!   sessions that stop in a transaction (`idle_in_transaction_session_timeout`, test
+//!   `a_fence_of_a_session_that_idles_for_too_long_is_ended_by_the_server`): else a process that is stopped, or can't be reached any
+//!   more, keeps the lock for as long as that lasts.
 //! - **Holds of one version are told apart**, where commits were lost (test
 //!   `after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_of_it`).
 //!
@@ -96,29 +104,36 @@
 //!
 //! - That a holder *acts* only while it holds. It can be stopped between looking and acting, for as long as one likes.
 //! - That what is outside of the fenced transaction, and not compared by version, is done by one at a time.
-//! - One owner across lost commits, a jump of the database's clock, or a suspend of the holder's machine. Fences hold across the last two: they look
-//!   at no clock.
+//! - That two transactions, or two threads, under *one* hold are kept apart.
+//! - One owner across lost commits, a jump of the database's clock, or a suspend of the holder's machine. Fences hold across all three, if the
+//!   old primary is dead: they look at no clock, and what was fenced is lost together with its hold.
 //!
 //! # What happens when …
 //!
 //! | | then | shown by |
 //! | --- | --- | --- |
-//! | a holder crashes or is killed | the lock is free when its lease has run out, and taken within half a second by who waits. A transaction of it that wasn't committed is rolled back | test `a_killed_holders_lock_is_free_a_second_after_its_lease_at_the_latest`, test `a_dead_holders_lock_is_taken_within_half_a_second_of_its_expiry` |
+//! | a holder crashes or is killed | the lock is free when its lease has run out, and taken within half a second by who waits. A transaction of it that wasn't committed is rolled back; if it had been fenced, the lock is free when the server has ended it: at once when the process dies; when its machine or the network does, after `idle_in_transaction_session_timeout`, or hours (`tcp_keepalives_idle`) | test `a_killed_holders_lock_is_free_a_second_after_its_lease_at_the_latest`, test `a_dead_holders_lock_is_taken_within_half_a_second_of_its_expiry`, test `a_fence_of_a_session_that_idles_for_too_long_is_ended_by_the_server` |
+//! | a holder's thread hangs, or its guard is forgotten, and the process lives | the lock is kept: refreshes go on | test `a_forgotten_guard_keeps_the_lock` |
 //! | a holder is paused (stopped, swapped out, in a long garbage collection) for longer than its lease | somebody else may have the lock; the first thing that it sees when it looks is that it doesn't. What it does without looking is done all the same, unless it is fenced | test `a_holder_stopped_for_longer_than_its_lease_knows_when_it_wakes`, test `the_commit_of_a_zombie_is_refused_at_every_isolation_level` |
-//! | the same, and nobody else took the lock | a fence refuses by default, because the lease is over, and does not on request | test `a_hold_past_its_deadline_is_refused_and_can_be_fenced_on_request_until_it_is_taken_over` |
-//! | a holder panics | the guard releases, and a transaction is rolled back | test `a_panic_releases_the_lock`, test `a_transaction_commits_what_was_done_under_the_lock_and_nothing_else` |
-//! | the network is slow | trust counts from the request: a late answer extends nothing | test `trust_counts_from_the_request_however_slow_the_answer` |
-//! | the network swallows packets, or the server freezes | the hold is lost at its deadline, before its lease ends; calls come back | test `with_all_packets_swallowed_every_call_comes_back`, test `with_every_process_of_the_server_stopped_every_call_comes_back` |
-//! | an answer is lost | an acquire recognises its own hold, a release is not taken for a lost lease; of the commit of a fenced transaction it isn't known whether it happened, only that it did so in time, if it did; where it releases the lock, that is found out | test `an_acquire_whose_answer_was_lost_recognises_its_own_hold`, test `a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease`, test `of_a_commit_without_an_answer_it_is_only_known_that_it_came_in_time_if_it_did`, test `a_commit_without_an_answer_is_settled` |
-//! | a caller gives up, and what it asked for happens later | it is undone | test `a_waiter_that_gave_up_leaves_no_lock_behind`, test `an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind` |
-//! | the server restarts or crashes | a hold survives if that is over before its lease is. Open transactions are rolled back, fences with them. A *release* of the last 0.6 s may be undone: then the lease has to run out | test `a_hold_survives_a_restart_and_a_crash_of_the_server`, test `granted_leases_are_durable_whatever_the_roles_default_is_and_releases_need_not_be` |
+//! | the same, and nobody else took the lock | `fence`, `transaction` and `unlock_in` refuse, because the hold is past its deadline; `fence_past_deadline` and `fence_statement` don't | test `a_hold_past_its_deadline_is_refused_and_can_be_fenced_on_request_until_it_is_taken_over` |
+//! | a holder panics | the guard releases, and a transaction is rolled back; with `panic = "abort"`, as a crash | test `a_panic_releases_the_lock`, test `a_transaction_commits_what_was_done_under_the_lock_and_nothing_else` |
+//! | the network is slow | trust counts from the request: a late answer extends nothing | test `trust_counts_from_the_request_however_slow_the_answer`, test `slow_refresh_does_not_extend_the_deadline` |
+//! | the network swallows packets, or the server freezes | the hold is lost at its deadline, before its lease ends; calls come back | test `a_loss_is_told_by_the_deadline_while_the_network_swallows_packets`, test `a_loss_is_told_by_the_deadline_while_the_server_is_frozen`, test `with_all_packets_swallowed_every_call_comes_back`, test `with_every_process_of_the_server_stopped_every_call_comes_back` |
+//! | the answer to an acquire or a release is lost | an acquire recognises its own hold, a release is not taken for a lost lease | test `an_acquire_whose_answer_was_lost_recognises_its_own_hold`, test `a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease` |
+//! | the answer to the commit of a fenced transaction is lost | it may have been committed, and then before anybody else had the lock. To know, drop the guard, take the lock again, and look: nobody gets it before that transaction is over | test `of_a_commit_without_an_answer_it_is_only_known_that_it_came_in_time_if_it_did`, test `a_transaction_that_was_fenced_before_its_guard_was_dropped_commits_before_anybody_has_the_lock` |
+//! | the same, and it releases the lock (`unlock_in`) | the library finds out by the lock whether it was committed, if it hears so before the hold's deadline; else it says that it doesn't know | test `a_commit_without_an_answer_is_settled`, test `a_commit_that_was_undone_is_not_taken_for_one_where_the_lease_has_run_out` |
+//! | a caller gives up, and what it asked for happens later | it is undone; if its process dies before that, its lease has to run out | test `a_waiter_that_gave_up_leaves_no_lock_behind`, test `an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind` |
+//! | the server restarts or crashes | a hold survives if that is over before its lease is. Open transactions are rolled back, fences with them. A *release* of the last 0.6 s (three times `wal_writer_delay`) may be undone: then the lease has to run out | test `a_hold_survives_a_restart_and_a_crash_of_the_server`, test `granted_leases_are_durable_whatever_the_roles_default_is_and_releases_need_not_be` |
 //! | a transaction is fenced for longer than the lease | refreshes go on, and the hold with them; who waits is busy, not stuck in the server | test `refreshes_go_on_under_a_fence_that_is_open_for_longer_than_the_lease`, test `who_waits_behind_a_fenced_transaction_does_not_hang_in_the_server_and_gives_up_in_time` |
+//! | the same with `unlock_in` | nothing is refreshed, and `is_held` is false: at its deadline the hold is lost, though nobody has the lock before the transaction ends | test `a_transaction_that_stays_open_for_longer_than_the_lease_loses_the_hold_and_releases_the_lock_all_the_same` |
 //! | somebody's transaction locks the row by hand | it is busy, and not waited for in the server; refreshes wait, and the hold may be lost | test `a_locked_row_is_busy_and_not_waited_for`, test `a_wait_behind_a_row_lock_ends_in_time_and_the_refresh_comes_through_afterwards` |
-//! | somebody deletes the row | the hold is lost, and fences refuse | test `a_row_that_was_purged_is_a_lost_lease` |
+//! | somebody deletes the row | fences refuse, and the hold is lost with its next refresh; until then two may own the lock. Versions begin anew, so that places that have seen greater ones refuse them | test `a_row_that_was_purged_is_a_lost_lease` |
 //! | failover: the primary dies, and its synchronous standby is promoted | as a crash | test `the_primary_dies_under_load_and_the_verdict_holds`, test `a_hold_outlives_its_primary` |
 //! | failover that loses commits: an asynchronous standby | two may own the lock for a while, and **a version may come twice**. Fences tell them apart: see below | test `a_hold_that_the_standby_had_not_got_is_lost_with_the_primary` |
 //! | a restore from a backup | the same. Data in the same database goes back together with the lock, and no fence of a hold from after the backup holds any more | test `after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_of_it` |
-//! | the database's clock jumps | forward, leases end early, and two may own a lock; backward, late. Fences don't mind | test `nobody_acquires_the_lock_before_a_fenced_transaction_ends` |
+//! | the database's clock jumps | forward, leases end early, and two may own a lock until the first one's next refresh; backward, a dead holder keeps its lock for longer. Fences don't mind | test `nobody_acquires_the_lock_before_a_fenced_transaction_ends` (of a lease that ends early) |
+//! | a holder's wall clock jumps | nothing: nobody looks at it | test `whatever_is_hurt_the_verdict_holds` (where `libfaketime` is installed) |
+//! | a holder's machine is suspended | `is_held` may be true for too long, by the time of the suspend at most; fences refuse once somebody else has had the lock | the parts: test `a_holder_stopped_for_longer_than_its_lease_knows_when_it_wakes`, test `the_transaction_of_a_hold_that_was_taken_over_is_refused_at_every_isolation_level` |
 //!
 //! # A primary and a standby
 //!
@@ -130,19 +145,22 @@
 //!
 //! Without `target_session_attrs=read-write` a standby that answers first is used, refuses every attempt, and grants nothing
 //! (test `a_standby_is_not_used_before_it_is_promoted`). Take care that the old primary is dead, or can't be reached, before the standby is
-//! promoted: one whose processes hang, and whose kernel accepts connections, is asked first and answers nothing.
+//! promoted: one that lives on grants locks beside the new one to whoever reaches it, unless it waits for a synchronous standby; one whose
+//! processes hang, and whose kernel accepts connections, is asked first and answers nothing.
 //!
 //! ## A synchronous standby
 //!
-//! It is in `synchronous_standby_names`, and no other one is promoted. An acquire or a refresh is acknowledged when the standby has it on its disk, so
+//! It is the only one in `synchronous_standby_names`, and no other one is promoted. An acquire or a refresh is acknowledged when the standby has it on its disk, so
 //! that everything above holds across the death of the primary (test `no_two_own_a_lock_while_the_primary_dies_under_load`, test
 //! `a_hold_that_is_recognised_waits_for_the_standby_too`, test `acquires_that_were_not_answered_when_the_primary_died_are_settled`). Its limits:
 //!
 //! - *A release doesn't wait for the standby*, nor for the disk. One that was acknowledged just before the primary died may be undone, and then its lease
 //!   has to run out (test `a_release_that_the_standby_had_not_got_is_lost_and_the_lease_runs_out`). For a lock that changes hands all the
-//!   time that is likely. All other locks can be had as soon as the standby is promoted. Choose the lease accordingly.
+//!   time that is likely. All others that are free can be had as soon as the standby is promoted. Choose the lease accordingly.
 //! - *Without its standby a primary grants nothing*: commits wait, acquires time out, and holds are lost at their deadlines (test
-//!   `a_refresh_that_commits_after_the_hold_was_lost_keeps_nothing`). Two standbys and `ANY 1 (…)` avoid that.
+//!   `a_refresh_that_commits_after_the_hold_was_lost_keeps_nothing`). Two standbys and `ANY 1 (…)` avoid that. But then a commit is on one
+//!   of them, perhaps not on the other: promote the one that has received more (`pg_last_wal_receive_lsn()`, when neither receives any more).
+//!   That is PostgreSQL's own rule, and not tested here.
 //! - *`synchronous_commit`* of the role must be `on` or stronger. `off` is turned into `on`; with `local` the standby isn't waited for.
 //! - *`pg_cancel_backend`* on a commit that waits for the standby makes PostgreSQL acknowledge it, with no more than a warning: such a hold is lost
 //!   with the primary, and two can own the lock. The library cancels nothing, and its `statement_timeout` doesn't end that wait (test
@@ -150,8 +168,9 @@
 //!
 //! ## An asynchronous standby, or a backup
 //!
-//! It may lack the last commits. For a lock whose last acquire is among them (test
-//! `a_hold_that_the_standby_had_not_got_is_lost_with_the_primary`):
+//! It may lack the last commits. If a *release* is among them, its lease has to run out. If a *refresh* is, the lease ends earlier than its
+//! holder believes, and somebody else may own the lock, as a greater version, until the holder hears of it. For a lock whose
+//! last *acquire* is among them (test `a_hold_that_the_standby_had_not_got_is_lost_with_the_primary`):
 //!
 //! - *Not one owner.* The new primary gives the lock to the next one at once. The first holder trusts its hold until its next refresh, which
 //!   says that it is lost, or, if that doesn't get through, until its deadline.

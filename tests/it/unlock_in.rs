@@ -179,7 +179,9 @@ fn a_commit_that_was_undone_is_not_taken_for_one_where_the_lease_has_run_out() {
                     proxy.stall(false, false);
                 });
             }
-            assert_eq!(code(&transaction.commit().unwrap_err()), Some(SqlState::ADMIN_SHUTDOWN));
+            // The server's last words, or the end of the connection.
+            let said = code(&transaction.commit().unwrap_err());
+            assert!(said.is_none() || said == Some(SqlState::ADMIN_SHUTDOWN), "{said:?}");
         });
         assert_eq!(number(&table), 0);
         assert_eq!((guard.is_held(), guard.lost().is_lost()), (!runs_out, runs_out));
