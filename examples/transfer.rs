@@ -6,7 +6,7 @@
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -24,13 +24,15 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let mut client = Client::connect(&support::dsn()?, NoTls)?;
     client.batch_execute(
-        "DROP TABLE IF EXISTS accounts;
-         CREATE TABLE accounts (owner text PRIMARY KEY, balance bigint NOT NULL);
-         INSERT INTO accounts VALUES ('alice', 100), ('bob', 0)",
+        "DROP TABLE IF EXISTS transfer_example;
+         CREATE TABLE transfer_example (owner text PRIMARY KEY, balance bigint NOT NULL);
+         INSERT INTO transfer_example VALUES ('alice', 100), ('bob', 0)",
     )?;
 
-    let mut zombie =
+    let zombie =
         Command::new(std::env::current_exe()?).arg("zombie").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut zombie = Killed(zombie);
+    let zombie = &mut zombie.0;
     let pid = Pid::from_raw(i32::try_from(zombie.id())?);
     let (mut wake, lines) = (zombie.stdin.take().ok_or("no stdin")?, zombie.stdout.take().ok_or("no stdout")?);
     let mut lines = BufReader::new(lines).lines();
@@ -56,10 +58,20 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Err("the other process failed".into());
     }
     guard.unlock()?;
-    for row in client.query("SELECT owner, balance FROM accounts ORDER BY owner", &[])? {
+    for row in client.query("SELECT owner, balance FROM transfer_example ORDER BY owner", &[])? {
         println!("{}: {}", row.get::<_, String>(0), row.get::<_, i64>(1));
     }
     Ok(())
+}
+
+/// A process that doesn't stay behind, stopped, if something fails.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
 }
 
 /// The process that is stopped between its reading and its writing.
@@ -93,7 +105,7 @@ fn accounts_lock() -> Result<StorageLock, Box<dyn Error>> {
 fn transfer(guard: &LockGuard, client: &mut Client, amount: i64, pause: impl FnOnce()) -> Result<(), Box<dyn Error>> {
     guard.transaction(client, |transaction| {
         let mut balance = |owner: &str| -> Result<i64, postgres::Error> {
-            Ok(transaction.query_one("SELECT balance FROM accounts WHERE owner = $1", &[&owner])?.get(0))
+            Ok(transaction.query_one("SELECT balance FROM transfer_example WHERE owner = $1", &[&owner])?.get(0))
         };
         let (alice, bob) = (balance("alice")?, balance("bob")?);
         if alice < amount {
@@ -101,7 +113,7 @@ fn transfer(guard: &LockGuard, client: &mut Client, amount: i64, pause: impl FnO
         }
         pause();
         for (owner, balance) in [("alice", alice - amount), ("bob", bob + amount)] {
-            transaction.execute("UPDATE accounts SET balance = $2 WHERE owner = $1", &[&owner, &balance])?;
+            transaction.execute("UPDATE transfer_example SET balance = $2 WHERE owner = $1", &[&owner, &balance])?;
         }
         Ok(())
     })

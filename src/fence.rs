@@ -117,7 +117,8 @@ impl LockGuard {
     ///
     /// Run it in your transaction with its three parameters. If it returns a row, the transaction is fenced, as by
     /// [`fence_past_deadline`](Self::fence_past_deadline); if it returns none, or fails with SQLSTATE 40001, roll back: the lock may be
-    /// somebody else's. The text is the same for all holds of a table, so that it can be prepared once a connection, which spares its
+    /// somebody else's. It doesn't look at the deadline: ask [`is_held`](Self::is_held) first where that
+    /// matters. The text is the same for all holds of a table, so that it can be prepared once a connection, which spares its
     /// planning.
     ///
     /// ```no_run

@@ -191,5 +191,13 @@
 //!
 //! It raises every version above all that were given, ends every hold from before, and keeps everybody off for a lease: by then who held a
 //! lock has lost its trust, whether or not it heard of the failover (test
-//! `versions_raised_before_clients_are_let_in_keep_one_owner_after_a_loss`). A lock whose very first hold was lost has no row: insert one, with
-//! such a version and lease, where its version matters. For one owner alone it is enough to keep clients out for the longest lease.
+//! `versions_raised_before_clients_are_let_in_keep_one_owner_after_a_loss`). A lock whose very first hold was lost has no row; where its version matters, insert one:
+//!
+//! ```sql
+//! INSERT INTO storage_lock (lock_id, version, owner_id, lease_id, lock_begin_time, lease_expire_time)
+//! SELECT 'its id', 1000000000, 'failover', '00000000-0000-0000-0000-000000000000', clock_timestamp(),
+//!     clock_timestamp() + interval '30 seconds'
+//! WHERE NOT EXISTS (SELECT FROM storage_lock WHERE lock_id = 'its id');
+//! ```
+//!
+//! For one owner alone it is enough to keep clients out for the longest lease.

@@ -49,7 +49,8 @@
 //!
 //! The lease began after the request was sent, so the deadline comes first, however slow the answer was, and nobody else can have
 //! the lock before it. [`LockGuard::is_held`] compares it with the clock and does nothing else. A hold whose deadline has
-//! passed is lost for good; a hundredth of the lease before it (at most 100 ms) the loss is told to whoever wants to hear of it. Refreshes that fail are repeated until then, each on another connection if one is stuck.
+//! passed is lost for good; a hundredth of the lease before it (at most 100 ms) the loss is told to whoever wants to hear of it. Refreshes
+//! that fail are repeated until then, each on another connection if one is stuck.
 //!
 //! # How waiting works
 //!
@@ -69,10 +70,11 @@
 //! # Guarantees and limits
 //!
 //! [`guarantees`] says what may fail and what holds then, each with its test: also what becomes of a lock when a standby is
-//! promoted. In short: while the database keeps its committed data and its clock doesn't jump,
-//! no two holds of a lock are trusted at once; versions only grow; every call comes back in time, also when
+//! promoted. In short: while the database keeps its committed data, its clock doesn't jump, no machine that holds a lock is suspended and nobody else
+//! writes to the table, no two holds of a lock are trusted at once; versions only grow; every call comes back in time, also when
 //! the server is frozen; nothing panics in the caller's thread. Database calls run on threads of the library's own, so they may be
-//! made from a thread of an async runtime, which they block.
+//! made from a thread of an async runtime, which they block; but for fences and what else runs on a connection of yours, which
+//! blocks, and panics, where that does.
 //!
 //! The same owner id on the same thread gets a lock that it holds again, at once, and the last guard releases it. The
 //! thread counts that took the lock: **if you send a guard to another thread, the first one can still enter again**, and both

@@ -57,8 +57,8 @@ impl LostSignal {
         self.hold.state().is_lost(Instant::now())
     }
 
-    /// Waits until the hold is lost, for at most `timeout`, and says whether it is. Comes back at once, with false, when the hold is
-    /// released: it can't be lost any more. One that is too long for the clock is for ever.
+    /// Waits until the hold is lost, for at most `timeout`, and says whether it is. Comes back at once, with false, when its last guard goes:
+    /// nobody counts on it any more. One that is too long for the clock is for ever.
     pub fn wait_for(&self, timeout: Duration) -> bool {
         let patience = Patience::lasting(timeout);
         let mut state = self.hold.state();

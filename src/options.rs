@@ -316,8 +316,12 @@ impl LockOptions {
     /// before the hold's deadline, so before anybody else can own the lock, also while the server is frozen or the network swallows packets.
     /// From then on [`is_held`](crate::LockGuard::is_held) is false. Default: nothing.
     ///
-    /// Not called for a hold whose guards had gone before it was found to be lost: `unlock` said so, or drop logged it. If it panics, a
-    /// warning is logged, and nothing else happens.
+    /// In a process that is stopped, or an [`on_event`](PostgresStorageOptions::on_event) that takes long, it is as late as that. The loss is logged,
+    /// and told as an event, after it has come back: one that ends the process has to log by itself.
+    ///
+    /// Not called for a hold whose guards had gone before it was found to be lost: `unlock` said so, or drop logged it. An inner guard of a lock
+    /// that was taken more than once shares the hold, and what the first one set. If it panics, a warning is logged, and nothing else
+    /// happens.
     #[must_use]
     pub fn on_lost(mut self, on_lost: impl Fn(&LostSignal) + Send + Sync + 'static) -> Self {
         self.on_lost = OnLost::calling(on_lost);

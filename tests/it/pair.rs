@@ -363,6 +363,7 @@ fn versions_raised_before_clients_are_let_in_keep_one_owner_after_a_loss() {
     // Its holder doesn't hear of the loss before its lease is over.
     let [l, new] = ["l", "new"].map(|lock_id| short_lock(&ours, lock_id, s(8), ms(5_300)));
     drop(l.lock("a").unwrap());
+    let kept = short_lock(&ours, "kept", s(8), ms(5_300)).lock("a").unwrap();
     let mut elsewhere = [Register::default(), Register::default()];
     pair.cut_off_standby();
     let lost = [l.lock("a").unwrap(), new.lock("a").unwrap()];
@@ -373,7 +374,7 @@ fn versions_raised_before_clients_are_let_in_keep_one_owner_after_a_loss() {
     pair.promote();
     let mut admin = pair.standby.client();
     admin.batch_execute("SET search_path = app").unwrap();
-    assert_eq!(admin.execute(&RAISE.replace("$T", &table.name), &[]).unwrap(), 1);
+    assert_eq!(admin.execute(&RAISE.replace("$T", &table.name), &[]).unwrap(), 2);
     assert_eq!(admin.execute(&RAISE_LOST.replace("$T", &table.name), &[]).unwrap(), 1);
     pair.let_in("app");
 
@@ -403,6 +404,12 @@ fn versions_raised_before_clients_are_let_in_keep_one_owner_after_a_loss() {
     for ((lost, taken), elsewhere) in lost.iter().zip(&taken).zip(&mut elsewhere) {
         assert!(taken.is_held() && taken.version() > 1_000_000_000, "{}", taken.version());
         assert!(elsewhere.accepts(taken.version()) && !elsewhere.accepts(lost.version()));
+    }
+    // Also a hold that the standby had.
+    eventually("it hears of it", || !kept.is_held());
+    let mut client = table.client();
+    for old in lost.iter().chain([&kept]) {
+        assert!(old.fence_past_deadline(&mut client.transaction().unwrap()).unwrap_err().is_lease_lost());
     }
 }
 
