@@ -64,8 +64,8 @@ impl LockGuard {
     /// others wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
     ///
     /// # Errors
-    /// As [`fence`](Self::fence); and [`Error::Fence`] if another transaction releases the lock already. The transaction is rolled back, and the
-    /// lock is held as before.
+    /// As [`fence`](Self::fence); and [`Error::Fence`](crate::Error::Fence) if another transaction releases the lock already. The transaction is
+    /// rolled back, and the lock is held as before.
     pub fn unlock_in<'a>(&'a self, mut transaction: Transaction<'a>) -> Result<UnlockTransaction<'a>> {
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost());
@@ -117,11 +117,11 @@ impl UnlockTransaction<'_> {
     /// failed as any other, and rolls it back.
     ///
     /// # Errors
-    /// [`Error::Database`] if a statement of the transaction had failed, or the server refused to commit; [`Error::Fence`] if the release was rolled
-    /// back with a part of it: then nothing is committed, and the lock is held as before. If the connection broke in the commit,
-    /// up to 2 s are used to find out what became of it: a commit that happened is `Ok`. If that can't be found out, because the database
-    /// doesn't answer, or the hold's deadline has passed, it is [`Error::Database`] without a SQLSTATE, and the hold isn't trusted
-    /// until it is known.
+    /// [`Error::Database`](crate::Error::Database) if a statement of the transaction had failed, or the server refused to commit;
+    /// [`Error::Fence`](crate::Error::Fence) if the release was rolled back with a part of it: then nothing is committed, and the lock is held as
+    /// before. If the connection broke in the commit, up to 2 s are used to find out what became of it: a commit that happened is `Ok`. If that
+    /// can't be found out, because the database doesn't answer, or the hold's deadline has passed, it is `Error::Database` too, and
+    /// [`is_held`](LockGuard::is_held) is false: whether it was committed isn't known.
     pub fn commit(self) -> Result<()> {
         let UnlockTransaction { mut transaction, mut pending } = self;
         let guard = pending.guard;
@@ -149,7 +149,7 @@ impl UnlockTransaction<'_> {
     /// Rolls the transaction back, and keeps the lock.
     ///
     /// # Errors
-    /// [`Error::Database`] if the connection broke: then the server does so.
+    /// [`Error::Database`](crate::Error::Database) if the connection broke: then the server does so.
     pub fn rollback(self) -> Result<()> {
         let UnlockTransaction { transaction, pending } = self;
         transaction.rollback().map_err(|source| pending.guard.failed("roll back", source))
