@@ -123,7 +123,8 @@ impl UnlockTransaction<'_> {
     /// can't be found out, because the database doesn't answer, or the hold's deadline has passed, it is `Error::Database` too, and
     /// [`is_held`](LockGuard::is_held) is false: whether it was committed isn't known.
     pub fn commit(self) -> Result<()> {
-        let UnlockTransaction { mut transaction, mut pending } = self;
+        // Dropped in the opposite order: rolled back first.
+        let UnlockTransaction { mut pending, mut transaction } = self;
         let guard = pending.guard;
         if pending.releases {
             let rows = guard.query(&mut transaction, &guard.storage.sql().is_unlocked_in);

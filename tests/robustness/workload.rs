@@ -452,12 +452,15 @@ impl Worker<'_> {
         let level = if self.random.random_bool(0.5) { Level::ReadCommitted } else { Level::RepeatableRead };
         let (lock, version, how) = (guard.lock_id().to_owned(), guard.version(), Ending::UnlockIn { id, commits });
         let outcome = if commits { Outcome::Done } else { Outcome::RolledBack };
+        let pauses = self.draw_pauses(&guard);
         self.register(Call::Release { lock, version, how }, outcome, |write, client| {
             // Dropped at the end, whatever comes of it.
             let guard = guard;
             let mut transaction = begin(client, level)?;
             write.run(&guard, id, &mut transaction)?;
+            write.pause(&guard, pauses[0]);
             let transaction = guard.unlock_in(transaction)?;
+            write.pause(&guard, pauses[1] + pauses[2]);
             write.is_uncommitted();
             Ok(if commits { transaction.commit() } else { transaction.rollback() }?)
         });
