@@ -723,7 +723,8 @@ fn of_a_takeover_and_a_fenced_commit_at_the_same_time_the_order_is_that_of_the_v
         assert_eq!(seen, before, "version {version} has seen what the hold before it wrote");
         before = version;
     }
-    assert!(committed > 300 && refused > 100, "{committed} committed, {refused} refused: no race");
+    // How many of each is a matter of the load.
+    assert!(committed > 50 && refused > 50, "{committed} committed, {refused} refused: no race");
     table.execute("DROP TABLE $T_written");
     without_number(table);
 }
