@@ -41,7 +41,8 @@ impl LockGuard {
     }
 
     /// The version of this hold: constant while it lasts, greater than that of every earlier hold of this lock, and never used
-    /// again, as long as the database keeps what it has committed. It is the fencing token: whatever is written under the lock should refuse a smaller one.
+    /// again, as long as the database keeps what it has committed. It is the fencing token: whatever is written under the lock
+    /// should refuse a smaller one.
     pub fn version(&self) -> i64 {
         self.hold.version
     }

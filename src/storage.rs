@@ -198,7 +198,9 @@ impl PostgresStorage {
     /// The call waits for the end of open transactions under other versions. Those under one version don't wait for each other, but for the first
     /// of them, which made the version known: so call it once in a transaction of its own, after taking the lock, where
     /// several connections write under it. Old ones that overlap without a pause keep a newer one waiting: set `lock_timeout` where that must
-    /// end. Who writes under several locks has to name them in one order, or meets deadlocks. What is read after it, older holders change no more until the commit; what was read before it, they may have changed. So
+    /// end. Who writes under several locks has to name them in one order, or meets deadlocks.
+    ///
+    /// What is read after it, older holders change no more until the commit; what was read before it, they may have changed. So
     /// call it *before* reading, in a statement of its own. In REPEATABLE READ and SERIALIZABLE a transaction reads what
     /// there was before that wait: there, call it in a transaction of its own too.
     ///

@@ -321,8 +321,8 @@ fn a_refresh_that_waits_for_a_transaction_that_releases_the_lock_has_not_failed(
     let guard = short_lock(&storage, "l", ms(6_000), ms(100)).lock("worker").unwrap();
     is_refreshed(&guard);
     proxy.stall(true, false);
-    // The next one is on its way.
-    thread::sleep(ms(300));
+    // Long enough for the next one to be on its way: that can't be seen.
+    thread::sleep(ms(500));
     let transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
     proxy.stall(false, false);
     let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%'";
