@@ -21,6 +21,7 @@ use crate::events::{Event, Events};
 use crate::session::{Route, Session};
 use crate::sql;
 use crate::stragglers::{self, Stragglers};
+use crate::user_code::note;
 
 /// What opening may take beyond the client's own `connect_timeout`, which covers the socket and not the log-in: the
 /// client's error is the better one.
@@ -283,7 +284,7 @@ fn open(config: &Config, route: Arc<Route>) -> Result<Session, postgres::Error> 
             opened => Session::new(opened?, true, route, generation)?,
         }
     };
-    log::debug!(target: "storage_lock", "opened a connection");
+    note!(debug, "opened a connection");
     Ok(session)
 }
 

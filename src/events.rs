@@ -1,11 +1,11 @@
 //! What happens to locks, told to whoever counts it.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::user_code::{self, note};
 
 /// Something that happened to a lock of a storage, as
 /// [`PostgresStorageOptions::on_event`](crate::PostgresStorageOptions::on_event) is told of it.
@@ -121,8 +121,8 @@ impl Events {
     /// Tells of an event. No mutex may be held: what is called is not ours.
     pub(crate) fn tell<'a>(&self, event: impl FnOnce() -> Event<'a>) {
         let Some(on_event) = &self.0 else { return };
-        if catch_unwind(AssertUnwindSafe(|| on_event(&event()))).is_err() {
-            log::warn!(target: "storage_lock", "on_event panicked");
+        if user_code::call(|| on_event(&event())).is_none() {
+            note!(warn, "on_event panicked");
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::hold::{Hold, Unlocking};
 use crate::loss::LostSignal;
 use crate::storage::PostgresStorage;
 use crate::sync::Instant;
+use crate::user_code::note;
 
 /// A held lock. Dropping it releases the lock; the last guard of a hold does, where the same owner took it more than once.
 ///
@@ -129,7 +130,7 @@ impl LockGuard {
         let held = self.hold.began.elapsed();
         self.storage.events().tell(|| Event::Released { lock_id, owner_id, version, held, is_confirmed });
         if is_confirmed {
-            log::debug!(target: "storage_lock", "released lock {lock_id:?} (version {version})");
+            note!(debug, "released lock {lock_id:?} (version {version})");
         }
     }
 
@@ -158,7 +159,7 @@ impl Drop for LockGuard {
         if let Err(error) = self.leave()
             && self.tells(&error)
         {
-            log::warn!(target: "storage_lock", "a guard was dropped: {}", error.chain());
+            note!(warn, "a guard was dropped: {}", error.chain());
         }
     }
 }

@@ -137,6 +137,7 @@ mod term;
 #[cfg(test)]
 mod toy;
 mod unlock_in;
+mod user_code;
 mod wait;
 mod workers;
 

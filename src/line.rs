@@ -21,6 +21,7 @@ use crate::options::LockOptions;
 use crate::sql::GRACE;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
+use crate::user_code::note;
 use crate::wait::{FIRST_PAUSE, FIRST_PAUSE_OF_THE_DEAF, Patience, SLACK, pause};
 
 /// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
@@ -460,7 +461,7 @@ impl Place<'_> {
             return Err(error);
         }
         drop(lines);
-        log::debug!(target: "storage_lock", "waiting for lock {:?} goes on: {error}", self.lock_id());
+        note!(debug, "waiting for lock {:?} goes on: {error}", self.lock_id());
         Ok(())
     }
 

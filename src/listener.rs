@@ -14,6 +14,7 @@ use crate::line::{Lines, Listening};
 use crate::session::Session;
 use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::term::backoff;
+use crate::user_code::note;
 
 /// It is closed after so long without anybody who waits.
 const IDLE_TIME: Duration = Duration::from_secs(10);
@@ -76,7 +77,7 @@ impl Listener {
         let connections = connections.clone();
         let run = move || running.run(&connections);
         if let Err(error) = thread::Builder::new().name("lock-listen".to_owned()).spawn(run) {
-            log::debug!(target: "storage_lock", "cannot start a thread: {error}");
+            note!(debug, "cannot start a thread: {error}");
         }
     }
 
@@ -112,13 +113,13 @@ impl Running {
         while !self.is_done() {
             let end = match connections.open_apart(move |session| session.listen(waiter)) {
                 Ok(session) if !session.is_direct() => {
-                    log::info!(target: "storage_lock", "waiting polls: a pooler is in the way of notifications");
+                    note!(info, "waiting polls: a pooler is in the way of notifications");
                     lock(&listener.state).is_impossible = true;
                     return;
                 }
                 Ok(mut session) => {
                     if failures > 0 {
-                        log::info!(target: "storage_lock", "listening for releases again");
+                        note!(info, "listening for releases again");
                     }
                     failures = 0;
                     listener.set_on(true, lines);
@@ -133,7 +134,7 @@ impl Running {
             };
             let End::Lost(why) = end else { continue };
             if failures == 0 {
-                log::warn!(target: "storage_lock", "cannot listen for releases, waiting polls: {why}");
+                note!(warn, "cannot listen for releases, waiting polls: {why}");
             }
             failures += 1;
             let mut state = lock(&listener.state);

@@ -14,6 +14,7 @@ use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::storage::{Attempt, PostgresStorage};
 use crate::sync::{Instant, thread};
+use crate::user_code::note;
 use crate::wait::Patience;
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.
@@ -207,7 +208,7 @@ impl StorageLock {
         });
         // Without a refresh thread there is no hold: the guard is dropped here.
         refresh::start(&self.storage, &hold)?;
-        log::debug!(target: "storage_lock", "{owner_id:?} acquired lock {lock_id:?} as version {version}");
+        note!(debug, "{owner_id:?} acquired lock {lock_id:?} as version {version}");
         Ok(guard)
     }
 }

@@ -1,12 +1,12 @@
 //! How the loss of a hold is told: a signal to look at and to wait for, and a callback.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::hold::Hold;
 use crate::sync::{Instant, wait_until};
+use crate::user_code::{self, note};
 use crate::wait::Patience;
 
 /// Tells whether a hold is lost: to look at in a loop of work, or to sleep on. From [`LockGuard::lost`](crate::LockGuard::lost).
@@ -101,8 +101,8 @@ impl OnLost {
     pub(crate) fn call(&self, hold: &Arc<Hold>) {
         let Some(callback) = &self.0 else { return };
         let lost = LostSignal::new(Arc::clone(hold));
-        if catch_unwind(AssertUnwindSafe(|| callback(&lost))).is_err() {
-            log::warn!(target: "storage_lock", "on_lost of lock {:?} panicked", lost.lock_id());
+        if user_code::call(|| callback(&lost)).is_none() {
+            note!(warn, "on_lost of lock {:?} panicked", lost.lock_id());
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::hold::{Hold, Unlocking};
 use crate::storage::PostgresStorage;
 use crate::sync::{Instant, thread, wait_until};
 use crate::term::backoff;
+use crate::user_code::note;
 
 /// Enough for what the caller does when a hold is lost; only what is touched counts.
 const STACK_BYTES: usize = 1024 * 1024;
@@ -76,7 +77,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 // The one with the deadline goes first.
                 hold.on_lost.call(hold);
                 hold.tell_loss(storage.events());
-                log::warn!(target: "storage_lock", "{}", hold.lost());
+                note!(warn, "{}", hold.lost());
             }
             return;
         }
@@ -88,7 +89,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 drop(state);
                 let (lock_id, owner_id, version) = hold.names();
                 storage.events().tell(|| Event::Refreshed { lock_id, owner_id, version, latency });
-                log::trace!(target: "storage_lock", "refreshed lock {:?}", hold.claim.lock_id);
+                note!(trace, "refreshed lock {:?}", hold.claim.lock_id);
                 None
             }
             _ if state.unlocking == Unlocking::Pending => {
@@ -131,7 +132,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             let (lock_id, owner_id, version) = hold.names();
             storage.events().tell(|| Event::RefreshFailed { lock_id, owner_id, version, error: &error });
             let why = error.chain();
-            log::warn!(target: "storage_lock", "lock {lock_id:?} (version {version}): {why}; trying again");
+            note!(warn, "lock {lock_id:?} (version {version}): {why}; trying again");
         }
         state = hold.state();
     }

@@ -23,6 +23,7 @@ use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInfo
 use crate::error::is_serialization_failure;
 use crate::events::Events;
 use crate::sql::{self, Prepared, Sql};
+use crate::user_code::note;
 
 /// What all sessions of a storage know of the way to the server.
 #[derive(Debug, Default)]
@@ -376,7 +377,7 @@ impl Route {
 
     pub(crate) fn recognise_pooler(&self, why: &str) {
         if !self.is_pooled.swap(true, Ordering::Relaxed) {
-            log::info!(target: "storage_lock", "a pooler in transaction mode is in the way ({why}): using unnamed statements");
+            note!(info, "a pooler in transaction mode is in the way ({why}): using unnamed statements");
         }
     }
 }

@@ -19,6 +19,7 @@ use crate::session::Session;
 use crate::sql::{COLUMNS, GRACE, Sql};
 use crate::sync::{Instant, thread};
 use crate::term::{Term, backoff};
+use crate::user_code::note;
 use crate::workers::{Urgency, Workers};
 
 /// How often to try to leave the line of a lock that changes hands at the same moment.
@@ -246,7 +247,7 @@ impl PostgresStorage {
                 return Ok(found);
             }
             if session.create_table(sql)? {
-                log::info!(target: "storage_lock", "created table {}", sql.table);
+                note!(info, "created table {}", sql.table);
             }
             session.inspect(&schema, &table_name)
         })?;
@@ -343,7 +344,7 @@ impl PostgresStorage {
 
     /// What a call took, but too late for its caller.
     fn undo(&self, session: &mut Session, sql: &Sql, claim: Claim, granted: Granted) {
-        log::debug!(target: "storage_lock", "lock {:?} was taken too late, and is released", claim.lock_id);
+        note!(debug, "lock {:?} was taken too late, and is released", claim.lock_id);
         if session.release(sql, &claim, Some(granted.version), None, false).is_err() {
             self.follow_up(Unfinished::new(claim, Some(granted.version), Instant::now()));
         }
@@ -411,7 +412,7 @@ impl PostgresStorage {
         if !self.lines().hand(next, &handed) {
             // It has given up meanwhile. Its hold goes on to the next one, and our own is over.
             if let Err(error) = self.release_until(&handed, deadline) {
-                log::debug!(target: "storage_lock", "a hold that nobody took up: {}", error.chain());
+                note!(debug, "a hold that nobody took up: {}", error.chain());
             }
         }
         Ok(HandedOver::Yes)
@@ -501,7 +502,7 @@ impl PostgresStorage {
         };
         if let Err(error) = thread::Builder::new().name("lock-follow-up".to_owned()).spawn(run) {
             self.inner.follow_ups.give_up();
-            log::debug!(target: "storage_lock", "cannot start a thread: {error}");
+            note!(debug, "cannot start a thread: {error}");
         }
     }
 }
@@ -528,10 +529,7 @@ fn acquire_on(
                 let is_takeover = taken_over_from.is_some();
                 if let Some(before) = taken_over_from {
                     let lock_id = &claim.lock_id;
-                    log::info!(
-                        target: "storage_lock",
-                        "lock {lock_id:?} was taken over from {before:?}, whose lease had run out"
-                    );
+                    note!(info, "lock {lock_id:?} was taken over from {before:?}, whose lease had run out");
                 }
                 if Term::new(granted.sent, granted.left, claim.lease).is_held(Instant::now()) {
                     return Ok(Attempt::Taken { granted, is_takeover });
@@ -543,10 +541,7 @@ fn acquire_on(
             Acquired::Busy { version, owner_id, left, is_promised, is_queued } => {
                 let lock_id = &claim.lock_id;
                 let whose = if is_promised { "promised to a waiting process after" } else { "held by" };
-                log::debug!(
-                    target: "storage_lock",
-                    "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}"
-                );
+                note!(debug, "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}");
                 return Ok(Attempt::Busy(Busy { version: Some(version), left: Some(left), is_queued }));
             }
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,

@@ -27,6 +27,12 @@ struct Control {
     cuts: AtomicUsize,
     /// The answer to the next request that contains this comes so much later.
     held_back: Mutex<Option<(Vec<u8>, Duration)>>,
+    /// From the answer to the next request that contains this on, its connection swallows every answer, and stays open.
+    deafened: Mutex<Option<Vec<u8>>>,
+    /// The next request that contains this is kept, and its connection is cut.
+    kept_next: Mutex<Option<Vec<u8>>>,
+    /// What was kept, and the way to the server that it would have gone.
+    kept: Mutex<Vec<(TcpStream, Vec<u8>)>>,
     requests: AtomicUsize,
     connections: AtomicUsize,
     /// Both sides of each connection, by its number.
@@ -131,6 +137,35 @@ impl Proxy {
         *self.control.held_back.lock().unwrap() = None;
     }
 
+    /// Lets the next request with these bytes reach the server. Its connection stays open, and hears nothing from then on.
+    pub fn swallow_answers_after(&self, bytes: &[u8]) {
+        *self.control.deafened.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// Whether [`swallow_answers_after`](Self::swallow_answers_after) has come to its request.
+    pub fn has_swallowed(&self) -> bool {
+        self.control.deafened.lock().unwrap().is_none()
+    }
+
+    /// Keeps the next request with these bytes on its way, for [`deliver`](Self::deliver), and cuts its connection.
+    pub fn keep_request(&self, bytes: &[u8]) {
+        *self.control.kept_next.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// How many requests are kept.
+    pub fn kept_requests(&self) -> usize {
+        self.control.kept.lock().unwrap().len()
+    }
+
+    /// Lets the server have what was kept, now. Nobody hears its answers.
+    pub fn deliver(&self) {
+        for (mut server, request) in self.control.kept.lock().unwrap().drain(..) {
+            server.write_all(&request).ok();
+            // The server reads what it was sent, and notices the end after it.
+            server.shutdown(Shutdown::Write).ok();
+        }
+    }
+
     /// From now on nothing gets through on the connections that are open, while new ones are served.
     pub fn swallow_open_connections(&self) {
         self.control.swallowed.store(self.connections(), Ordering::SeqCst);
@@ -188,6 +223,7 @@ impl Drop for Proxy {
         // Wakes the thread that accepts.
         TcpStream::connect(self.own).ok();
         self.cut();
+        self.control.kept.lock().unwrap().clear();
         self.stall(false, false);
     }
 }
@@ -197,6 +233,8 @@ impl Drop for Proxy {
 struct Answer {
     /// It is thrown away, and the connection is cut.
     is_lost: AtomicBool,
+    /// It is thrown away, and so is everything after it.
+    is_swallowed: AtomicBool,
     delay_millis: AtomicU64,
 }
 
@@ -212,6 +250,7 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
     );
     thread::spawn(move || {
         let (from, to, control, answer) = to_server;
+        let server = to.try_clone().unwrap();
         copy(from, to, &control, number, |request| {
             control.to_server.wait();
             if request.ends_with(SYNC) {
@@ -224,7 +263,14 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
             if let Some((_, delay)) = control.held_back.lock().unwrap().take_if(|(bytes, _)| is_in(bytes)) {
                 answer.delay_millis.store(delay.as_millis().try_into().unwrap(), Ordering::SeqCst);
             }
-            true
+            if control.deafened.lock().unwrap().take_if(|bytes| is_in(bytes)).is_some() {
+                answer.is_swallowed.store(true, Ordering::SeqCst);
+            }
+            if control.kept_next.lock().unwrap().take_if(|bytes| is_in(bytes)).is_some() {
+                control.kept.lock().unwrap().push((server.try_clone().unwrap(), request.to_vec()));
+                return Pass::Keep;
+            }
+            Pass::On
         });
     });
     thread::spawn(move || {
@@ -235,13 +281,27 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
             // The server answered, so that it has committed.
             let is_lost = answer.is_lost.load(Ordering::SeqCst);
             control.cuts.fetch_add(usize::from(is_lost), Ordering::SeqCst);
-            !is_lost
+            match (is_lost, answer.is_swallowed.load(Ordering::SeqCst)) {
+                (true, _) => Pass::Cut,
+                (false, true) => Pass::Swallow,
+                (false, false) => Pass::On,
+            }
         });
     });
 }
 
-/// Copies until one side ends, or `pass` says no.
-fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, number: usize, pass: impl Fn(&[u8]) -> bool) {
+/// What becomes of a piece of what goes through.
+enum Pass {
+    On,
+    Swallow,
+    /// The connection ends.
+    Cut,
+    /// The client's side ends, and the server's stays open.
+    Keep,
+}
+
+/// Copies until one side ends, or `pass` says so.
+fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, number: usize, pass: impl Fn(&[u8]) -> Pass) {
     let is_swallowing =
         || control.is_swallowing.load(Ordering::SeqCst) || number <= control.swallowed.load(Ordering::SeqCst);
     let mut buffer = [0; 65536];
@@ -249,8 +309,15 @@ fn copy(mut from: TcpStream, mut to: TcpStream, control: &Control, number: usize
         if is_swallowing() {
             continue;
         }
-        if !pass(&buffer[..length]) || to.write_all(&buffer[..length]).is_err() {
-            break;
+        match pass(&buffer[..length]) {
+            Pass::On if to.write_all(&buffer[..length]).is_ok() => {}
+            Pass::Swallow => {}
+            Pass::Keep => {
+                control.open.lock().unwrap().remove(&number);
+                from.shutdown(Shutdown::Both).ok();
+                return;
+            }
+            Pass::On | Pass::Cut => break,
         }
     }
     // A proxy that swallows tells nobody that the other side has gone.
