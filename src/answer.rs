@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use uuid::Uuid;
 
 use crate::error::is_connection_fault;
+use crate::sql::{GRACE, LONGEST_STEPS, MAX_WAITERS, STEP};
 use crate::sync::Instant;
 
 /// Why an operation has no result.
@@ -26,7 +27,7 @@ impl From<postgres::Error> for Fault {
 pub(crate) struct Claim {
     pub(crate) lock_id: String,
     pub(crate) owner_id: String,
-    /// Made before the first statement, so that a repetition after a lost answer recognises its own row.
+    /// Made before the statement is sent, and sent once: what came of it without an answer can be found, and undone.
     pub(crate) lease_id: Uuid,
     pub(crate) lease: Duration,
 }
@@ -41,10 +42,15 @@ pub(crate) struct Granted {
     pub(crate) left: Duration,
     /// Other processes wait for it.
     pub(crate) is_wanted: bool,
-    /// An earlier copy of the statement took it, whose answer was lost. That was another session, which may have ended before
-    /// a synchronous standby had its commit (terminated, or with the server, which has then restarted), and reading the row waits
-    /// for no standby: only what this session writes and commits does. To be trusted it has to be refreshed.
-    pub(crate) is_recognised: bool,
+}
+
+/// Asks as one that waits, and so keeps to the order of the row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ticket {
+    /// What the process is called in the row.
+    pub(crate) waiter: Uuid,
+    /// Those before it have been notified that the lock is free in this version, and had time to come.
+    pub(crate) turn: Option<i64>,
 }
 
 /// What the database said to an acquire.
@@ -52,15 +58,63 @@ pub(crate) struct Granted {
 pub(crate) enum Acquired {
     /// Ours. The owner before is named if its lease had run out without a release.
     Taken { granted: Granted, taken_over_from: Option<String> },
-    /// Another's, for `left` to go unless it is refreshed or released; or free, and promised to another process for `left`. Of a
-    /// waiter, whether it stands in line now: it doesn't where the line is full.
-    Busy { version: i64, owner_id: String, left: Duration, is_promised: bool, is_queued: bool },
+    /// Another's, or promised to another.
+    Busy { busy: Busy, owner_id: String },
     /// Somebody's transaction keeps the row locked.
     Locked,
     /// Free, but it changed hands, was locked, or couldn't be serialised while the statement ran.
     Missed,
     /// No such lock id has ever been held.
     Absent,
+    /// It came later than a claim's statement may take effect.
+    TooLate,
+}
+
+/// A lock that can't be had now, as its row says that a waiter's registration wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Busy {
+    pub(crate) version: i64,
+    /// It is nobody's, and promised to others.
+    pub(crate) is_free: bool,
+    /// What is left of the lease that is in the way, or of the promise.
+    pub(crate) left: Duration,
+    /// Those before it in the row were notified by this very statement.
+    pub(crate) has_notified: bool,
+    /// The place in the row, from 1. None of one that doesn't wait, or for which there was no room.
+    pub(crate) place: Option<u32>,
+    /// How many stand in the row.
+    pub(crate) waiters: u32,
+}
+
+/// After so long a waiter looks at the lock, whatever it knows.
+const LOOK: Duration = Duration::from_secs(5);
+/// The same for each that stands in the row, so that where many wait all of them together look ten times a second.
+const LOOK_OF_EACH: Duration = Duration::from_millis(100);
+
+/// How long a waiter that may be one of so many sleeps at most.
+pub(crate) fn longest_sleep(waiters: u32) -> Duration {
+    LOOK.max(LOOK_OF_EACH * waiters)
+}
+
+impl Busy {
+    /// For how long a waiter sleeps if nobody notifies it: until the lock may be its own, but no longer than for a `fraction`, up to 1, of
+    /// [`longest_sleep`]. The end of a lease, too, is for the first in the row, then for the second, and so on.
+    pub(crate) fn sleep(&self, fraction: f64) -> Duration {
+        let before = self.place.map_or(self.waiters, |place| place.saturating_sub(1));
+        let behind_the_first = STEP * before.saturating_sub(1);
+        let turn = match (self.is_free, before) {
+            (false, 0) => self.left,
+            (false, _) => self.left + GRACE + behind_the_first,
+            (true, _) if self.has_notified => (STEP * before).min(LONGEST_STEPS),
+            (true, _) => self.left.min(GRACE) + behind_the_first.min(LONGEST_STEPS),
+        };
+        turn.min(longest_sleep(self.waiters).mul_f64(fraction))
+    }
+
+    /// The version in which the waiter may take the lock when it has slept.
+    pub(crate) fn turn(&self) -> Option<i64> {
+        (self.is_free && self.has_notified).then_some(self.version)
+    }
 }
 
 /// One row of the table: the newest hold of a lock.
@@ -99,46 +153,40 @@ pub(crate) enum Found {
 pub(crate) struct AcquireRow {
     /// The version that the statement made, if it took the lock.
     pub(crate) taken: Option<i64>,
-    /// The newest version before.
-    pub(crate) newest: i64,
-    /// Whose that was.
-    pub(crate) owner_id: String,
-    /// It has the lease of this very claim.
-    pub(crate) is_mine: bool,
-    pub(crate) is_released: bool,
     /// What is left of the lease that was taken, or of the one that is in the way, or of a promise.
     pub(crate) left: Duration,
     /// Processes wait for the lock that was taken.
     pub(crate) is_wanted: bool,
-    /// Of a waiter for whom there is room in the line, whether it stands there now.
-    pub(crate) is_queued: Option<bool>,
+    /// The newest version, but for the one that was taken.
+    pub(crate) version: i64,
+    /// Whose that is.
+    pub(crate) owner_id: String,
+    pub(crate) is_released: bool,
+    /// Released, or its lease is over.
+    pub(crate) is_free: bool,
+    /// Free, and not promised to others.
+    pub(crate) may_take: bool,
+    pub(crate) has_notified: bool,
+    /// It was asked with a ticket.
+    pub(crate) waits: bool,
+    pub(crate) place: Option<u32>,
+    pub(crate) waiters: u32,
 }
 
 impl AcquireRow {
     /// What this means for who asked at `sent`.
     pub(crate) fn meaning(self, sent: Instant) -> Acquired {
-        let AcquireRow { taken, newest, owner_id, is_mine, is_released, left, is_wanted, is_queued } = self;
-        match taken {
-            _ if left.is_zero() => Acquired::Missed,
-            Some(version) => Acquired::Taken {
-                granted: Granted { version, sent, left, is_wanted, is_recognised: false },
-                taken_over_from: if is_released { None } else { Some(owner_id) },
-            },
-            // The answer to an earlier copy of this statement was lost: the row is our own.
-            None if is_mine && !is_released => {
-                let granted = Granted { version: newest, sent, left, is_wanted, is_recognised: true };
-                Acquired::Taken { granted, taken_over_from: None }
-            }
-            // It became free while the statement ran.
-            None if is_queued == Some(false) || (is_released && is_queued.is_none()) => Acquired::Missed,
-            None => Acquired::Busy {
-                version: newest,
-                owner_id,
-                left,
-                is_promised: is_released,
-                is_queued: is_queued == Some(true),
-            },
+        let AcquireRow { left, is_wanted, version, owner_id, is_free, has_notified, place, waiters, .. } = self;
+        if let Some(version) = self.taken {
+            let granted = Granted { version, sent, left, is_wanted };
+            let taken_over_from = if self.is_released { None } else { Some(owner_id) };
+            return Acquired::Taken { granted, taken_over_from };
         }
+        // It changed while the statement ran, or somebody had locked the row.
+        if self.may_take || self.waits && place.is_none() && waiters < MAX_WAITERS {
+            return Acquired::Missed;
+        }
+        Acquired::Busy { busy: Busy { version, is_free, left, has_notified, place, waiters }, owner_id }
     }
 }
 

@@ -1,37 +1,50 @@
-//! What was left unfinished: acquires and releases whose outcome nobody knows.
+//! What was left unfinished: acquires and releases whose outcome nobody knows, and places in rows for nobody.
 //!
 //! One thread of a storage, while there is something to do, releases what such a claim may have taken, or may not have given
-//! back. A claim is named by its lease, so this hurts nobody else. It ends when the database has confirmed the release, when the
-//! lease has run out by itself, or after ten minutes.
+//! back. A claim is named by its lease, so this hurts nobody else. Whoever gives a call up that had been started hands its claim over
+//! here at that moment, while the call itself may be stuck. It ends when the database has confirmed the release, when nothing can come
+//! of the claim any more ([`CLAIM_LIFE`]), when the lease has run out by itself, or after ten minutes.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::answer::Claim;
+use crate::sql::CLAIM_LIFE;
 use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::term::backoff;
 
 /// Beyond this number, leases run out by themselves.
 const MAX_UNFINISHED: usize = 1_000;
-/// An acquire whose connection broke may still be on its way for this long: that there is nothing to release yet says little.
-const STRAY_TIME: Duration = Duration::from_secs(60);
+/// That there is nothing to release says little while the statement of a claim may still take effect; a second for the clocks.
+const STRAY_TIME: Duration = CLAIM_LIFE.saturating_add(Duration::from_secs(1));
 
+/// How often to look for what may come yet: at first, and later.
 const FIRST_LOOKS: Duration = Duration::from_millis(250);
+const LAST_LOOKS: Duration = Duration::from_secs(2);
 /// Nothing is followed up for longer, however long its lease is.
 const LONGEST: Duration = Duration::from_secs(10 * 60);
 
-/// Something to be released.
+/// Something to be undone.
 #[derive(Clone, Debug)]
 pub(crate) struct Unfinished {
-    pub(crate) claim: Claim,
-    /// The version of a hold; none of an acquire that may never have come to be one.
-    pub(crate) version: Option<i64>,
+    pub(crate) lock_id: String,
+    pub(crate) claim: Option<UnknownClaim>,
+    /// The process may stand in the row.
+    pub(crate) may_wait: bool,
     since: Instant,
     failures: u32,
     next: Instant,
 }
 
-/// What came of an attempt to release it.
+/// A claim that is to be released.
+#[derive(Clone, Debug)]
+pub(crate) struct UnknownClaim {
+    pub(crate) claim: Claim,
+    /// The version of a hold; none of an acquire that may never have come to be one.
+    pub(crate) version: Option<i64>,
+}
+
+/// What came of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Released,
@@ -41,25 +54,44 @@ pub(crate) enum Outcome {
 }
 
 impl Unfinished {
-    pub(crate) fn new(claim: Claim, version: Option<i64>, now: Instant) -> Unfinished {
-        Unfinished { claim, version, since: now, failures: 0, next: now }
+    /// A hold that may not have been given back.
+    pub(crate) fn hold(claim: Claim, version: i64, now: Instant) -> Unfinished {
+        Unfinished::new(claim.lock_id.clone(), Some(UnknownClaim { claim, version: Some(version) }), false, now)
+    }
+
+    /// An acquire that may have happened, or may happen yet.
+    pub(crate) fn acquire(claim: Claim, may_wait: bool, now: Instant) -> Unfinished {
+        Unfinished::new(claim.lock_id.clone(), Some(UnknownClaim { claim, version: None }), may_wait, now)
+    }
+
+    /// A place in the row of a lock for which nobody of this process waits any more.
+    pub(crate) fn place(lock_id: &str, now: Instant) -> Unfinished {
+        Unfinished::new(lock_id.to_owned(), None, true, now)
+    }
+
+    fn new(lock_id: String, claim: Option<UnknownClaim>, may_wait: bool, now: Instant) -> Unfinished {
+        Unfinished { lock_id, claim, may_wait, since: now, failures: 0, next: now }
     }
 
     /// What is left to do after an attempt, if anything.
     fn after(mut self, outcome: Outcome, now: Instant) -> Option<Unfinished> {
         let age = now.duration_since(self.since);
+        let is_stray = self.claim.as_ref().is_some_and(|unknown| unknown.version.is_none());
         let is_done = match outcome {
             Outcome::Released | Outcome::Hopeless => true,
-            Outcome::NotThere => self.version.is_some() || age >= STRAY_TIME,
+            Outcome::NotThere => !is_stray || age >= STRAY_TIME,
             Outcome::Failed => false,
         };
-        if is_done || age >= self.claim.lease.min(LONGEST) {
+        // What comes late has its lease from then on.
+        let lease = self.claim.as_ref().map_or(LONGEST, |unknown| unknown.claim.lease);
+        let lasts = if is_stray { lease.saturating_add(STRAY_TIME) } else { lease };
+        if is_done || age >= lasts.min(LONGEST) {
             return None;
         }
         self.failures = self.failures.saturating_add(1);
-        // Looks four times a second at first, then ever less often.
         let is_not_there = outcome == Outcome::NotThere;
-        self.next = now + if is_not_there { (age / 2).max(FIRST_LOOKS) } else { backoff(self.failures) };
+        let pause = if is_not_there { (age / 2).clamp(FIRST_LOOKS, LAST_LOOKS) } else { backoff(self.failures) };
+        self.next = now + pause;
         Some(self)
     }
 }
@@ -129,7 +161,10 @@ mod tests {
             lease_id: uuid::Uuid::new_v4(),
             lease: Duration::from_secs(300),
         };
-        Unfinished::new(claim, version, now)
+        match version {
+            Some(version) => Unfinished::hold(claim, version, now),
+            None => Unfinished::acquire(claim, false, now),
+        }
     }
 
     #[test]
@@ -150,6 +185,14 @@ mod tests {
         assert!(unfinished(None, now).after(Outcome::Hopeless, now).is_none());
     }
 
+    #[test]
+    fn a_place_in_a_row_is_given_up_once_and_failures_are_repeated() {
+        let now = Instant::now();
+        assert!(Unfinished::place("l", now).after(Outcome::NotThere, now).is_none());
+        assert!(Unfinished::place("l", now).after(Outcome::Failed, now + Duration::from_secs(599)).is_some());
+        assert!(Unfinished::place("l", now).after(Outcome::Failed, now + LONGEST).is_none());
+    }
+
     proptest! {
         /// Whatever comes of the attempts, and however long each takes.
         #[test]
@@ -159,7 +202,8 @@ mod tests {
         ) {
             let start = Instant::now();
             let mut left = unfinished(version, start);
-            left.claim.lease = lease;
+            left.claim.as_mut().expect("a claim").claim.lease = lease;
+            let lasts = if version.is_some() { lease } else { lease.saturating_add(STRAY_TIME) };
             let mut now = start;
             for (outcome, took) in attempts {
                 now = now.max(left.next) + Duration::from_millis(took);
@@ -171,7 +215,7 @@ mod tests {
                 };
                 let ends = matches!(outcome, Outcome::Released | Outcome::Hopeless)
                     || outcome == Outcome::NotThere && version.is_some()
-                    || now >= start + lease.min(LONGEST);
+                    || now >= start + lasts.min(LONGEST);
                 let Some(again) = left.after(outcome, now) else {
                     let is_stray_no_more = outcome == Outcome::NotThere && now >= start + STRAY_TIME;
                     prop_assert!(ends || is_stray_no_more, "{:?} after {:?}", outcome, now - start);

@@ -119,7 +119,7 @@
 //! | a holder panics | the guard releases, and a transaction is rolled back; with `panic = "abort"`, as a crash | test `a_panic_releases_the_lock`, test `a_transaction_commits_what_was_done_under_the_lock_and_nothing_else` |
 //! | the network is slow | trust counts from the request: a late answer extends nothing | test `trust_counts_from_the_request_however_slow_the_answer`, test `slow_refresh_does_not_extend_the_deadline` |
 //! | the network swallows packets, or the server freezes | the hold is lost at its deadline, before its lease ends; calls come back | test `a_loss_is_told_by_the_deadline_while_the_network_swallows_packets`, test `a_loss_is_told_by_the_deadline_while_the_server_is_frozen`, test `with_all_packets_swallowed_every_call_comes_back`, test `with_every_process_of_the_server_stopped_every_call_comes_back` |
-//! | the answer to an acquire or a release is lost | an acquire recognises its own hold, a release is not taken for a lost lease | test `an_acquire_whose_answer_was_lost_recognises_its_own_hold`, test `a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease` |
+//! | the answer to an acquire or a release is lost | an acquire recognises its own hold, a release is not taken for a lost lease | test `an_acquire_whose_answer_was_lost_is_undone_and_repeated_at_once`, test `a_release_whose_answer_was_lost_is_not_taken_for_a_lost_lease` |
 //! | the answer to the commit of a fenced transaction is lost | it may have been committed, and then before anybody else had the lock. To know, drop the guard, take the lock again, and look: nobody gets it before that transaction is over | test `of_a_commit_without_an_answer_it_is_only_known_that_it_came_in_time_if_it_did`, test `a_transaction_that_was_fenced_before_its_guard_was_dropped_commits_before_anybody_has_the_lock` |
 //! | the same, and it releases the lock (`unlock_in`) | the library finds out by the lock whether it was committed, if it hears so before the hold's deadline; else it says that it doesn't know | test `a_commit_without_an_answer_is_settled`, test `a_commit_that_was_undone_is_not_taken_for_one_where_the_lease_has_run_out` |
 //! | a caller gives up, and what it asked for happens later | it is undone; if its process dies before that, its lease has to run out | test `a_waiter_that_gave_up_leaves_no_lock_behind`, test `an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind` |
@@ -152,7 +152,7 @@
 //!
 //! It is the only one in `synchronous_standby_names`, and no other one is promoted. An acquire or a refresh is acknowledged when the standby has it on its disk, so
 //! that everything above holds across the death of the primary (test `no_two_own_a_lock_while_the_primary_dies_under_load`, test
-//! `a_hold_that_is_recognised_waits_for_the_standby_too`, test `acquires_that_were_not_answered_when_the_primary_died_are_settled`). Its limits:
+//! `a_hold_whose_answer_was_lost_is_not_granted_without_the_standby`, test `acquires_that_were_not_answered_when_the_primary_died_are_settled`). Its limits:
 //!
 //! - *A release doesn't wait for the standby*, nor for the disk. One that was acknowledged just before the primary died may be undone, and then its lease
 //!   has to run out (test `a_release_that_the_standby_had_not_got_is_lost_and_the_lease_runs_out`). For a lock that changes hands all the

@@ -107,7 +107,7 @@ impl LockGuard {
             self.storage.lines().lose_hold(hold);
             if !is_gone {
                 // A refresh that is stuck may yet renew a lease that nobody wants any more.
-                self.storage.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), Instant::now()));
+                self.storage.follow_up(Unfinished::hold(hold.claim.clone(), hold.version, Instant::now()));
             }
             return Err(hold.lost());
         }

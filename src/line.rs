@@ -14,21 +14,19 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::answer::{Claim, Granted};
-use crate::error::{Error, Result};
+use crate::answer::{Busy, Claim, Granted, longest_sleep};
+use crate::error::Result;
 use crate::hold::Hold;
 use crate::options::LockOptions;
-use crate::sql::GRACE;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::user_code::note;
-use crate::wait::{FIRST_PAUSE, FIRST_PAUSE_OF_THE_DEAF, Patience, SLACK, pause};
+use crate::wait::{Patience, SLACK, pause, random_fraction};
+use crate::workers::Failed;
 
 /// For how long a process passes a lock on among its own threads while another process waits. Long enough that a
 /// hand-over to another process, which costs a millisecond or two, costs little in all; short enough to wait for.
 const TURN: Duration = Duration::from_millis(10);
-/// After so long at most a waiter asks although nobody told it to.
-const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 
 /// The lines of a storage.
 #[derive(Default)]
@@ -45,9 +43,11 @@ struct Line {
     /// How often the answer was that nobody will tell us, while the lock stayed with this version.
     rounds: u32,
     seen: Option<i64>,
+    /// The lock is free in this version, as far as is known, and those before us in the row have been notified.
+    turn: Option<i64>,
     /// It has been seen that the lock is somebody's: those in the line wait, and don't try for the first time.
     is_busy: bool,
-    /// This process stands in the row.
+    /// This process stands in the row, or may.
     is_queued: bool,
     unreachable_since: Option<Instant>,
 }
@@ -74,28 +74,10 @@ pub(crate) struct Waiter {
 pub(crate) enum Turn {
     /// The lock is its own.
     Handed(Arc<Hold>),
-    /// It is the head, and asks the database.
-    Ask,
+    /// It is the head, and asks the database: for the lock in this version, if those before us had their time.
+    Ask(Option<i64>),
     /// Its patience is over; if so, for how long the database has been out of reach.
     Over(Option<Duration>),
-}
-
-/// An answer that the lock is somebody else's.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Busy {
-    /// Which hold that is, and for how long, if that is known.
-    pub(crate) version: Option<i64>,
-    pub(crate) left: Option<Duration>,
-    /// This process stands in the row.
-    pub(crate) is_queued: bool,
-}
-
-/// Whether notifications come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Listening {
-    Now,
-    Soon,
-    Not,
 }
 
 /// What follows a hold.
@@ -142,6 +124,7 @@ impl Line {
             asking: None,
             rounds: 0,
             seen: None,
+            turn: None,
             is_busy: false,
             is_queued: false,
             unreachable_since: None,
@@ -160,26 +143,23 @@ impl Line {
         }
     }
 
-    /// The head shall ask at `at`, whatever it was going to wait for; unless it is to ask at once already, for another reason.
+    /// The head shall ask at `at`, or sooner: nobody can keep it from what it was going to do.
     fn tell(&mut self, at: Instant) {
-        let now = Instant::now();
         match &mut self.asking {
-            Some(asking) if asking.told.is_some_and(|before| before <= now) => {}
-            Some(asking) => asking.told = Some(at),
-            None if self.ask_at <= now => {}
-            None => self.ask_at = at,
+            Some(asking) => asking.told = Some(asking.told.map_or(at, |before| before.min(at))),
+            None => self.ask_at = self.ask_at.min(at),
         }
         self.wake_head();
     }
 
-    /// The head has asked, and would ask again at `at` if nobody had told it anything meanwhile.
+    /// The head has asked, and asks again at `at`, or sooner if somebody has told it so meanwhile.
     fn answered(&mut self, at: Instant) {
-        self.ask_at = self.asking.take().and_then(|asking| asking.told).unwrap_or(at);
+        self.ask_at = self.asking.take().and_then(|asking| asking.told).map_or(at, |told| told.min(at));
     }
 
     /// The head has asked, and nobody will tell it when to ask again: after a pause, and once more when its patience ends.
-    fn ask_again(&mut self, patience: &Patience, now: Instant, first_pause: Duration, left: Option<Duration>) {
-        let next = now + pause(first_pause, self.rounds, left);
+    fn ask_again(&mut self, patience: &Patience, now: Instant, left: Option<Duration>) {
+        let next = now + pause(self.rounds, left);
         self.rounds = self.rounds.saturating_add(1);
         self.answered(if patience.is_over(now) { next } else { next.min(patience.end(now)) });
     }
@@ -240,7 +220,7 @@ impl Lines {
             return Successor::Unknown;
         };
         // What is told from now on is about the time after this hold.
-        line.ask_at = Instant::now() + LONGEST_SILENCE;
+        line.ask_at = Instant::now() + longest_sleep(0);
         let Some(head) = line.waiters.front() else { return Successor::Nobody };
         if !hold.state().is_wanted || hold.turn_began.elapsed() < TURN {
             Successor::Waiter(Arc::clone(head))
@@ -266,11 +246,12 @@ impl Lines {
         is_handed
     }
 
-    /// Somebody released a lock, and this process is at this place among those who wait for it: it asks at once, or when those
-    /// before it should have come.
-    pub(crate) fn was_released(&self, lock_id: &str, place: u32) {
-        if let Some(line) = lock(&self.0).get_mut(lock_id) {
-            line.tell(Instant::now() + GRACE * place.saturating_sub(1));
+    /// This process is notified that a lock is free, or may be soon: it looks after `delay`, and may then take it in version `turn`. Nothing
+    /// depends on whether that is true: it looks by itself, too, and the row says what there is.
+    pub(crate) fn notified(&self, lock_id: &str, delay: Duration, turn: Option<i64>) {
+        if let (Some(line), Some(at)) = (lock(&self.0).get_mut(lock_id), Instant::now().checked_add(delay)) {
+            line.turn = turn.or(line.turn);
+            line.tell(at);
         }
     }
 
@@ -290,6 +271,13 @@ impl Lines {
     #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         lock(&self.0).is_empty()
+    }
+
+    /// Whether somebody waits for this lock, who takes over the place that the process may have in the row.
+    pub(crate) fn takes_place_over(&self, lock_id: &str) -> bool {
+        let mut lines = lock(&self.0);
+        let waiting = lines.get_mut(lock_id).filter(|line| !line.waiters.is_empty());
+        waiting.map(|line| line.is_queued = true).is_some()
     }
 
     /// Whether anybody waits for other processes.
@@ -397,7 +385,7 @@ impl Place<'_> {
                     None if line.ask_at <= now => {
                         self.asked.set(Some(now));
                         line.asking = Some(Asking { since: now, told: None });
-                        return Turn::Ask;
+                        return Turn::Ask(line.turn);
                     }
                     None => wake = wake.min(line.ask_at),
                 }
@@ -425,30 +413,33 @@ impl Place<'_> {
         line.begin_hold(hold);
     }
 
-    /// The lock is busy, and this process stands in its row. If it listens it will be told.
-    pub(crate) fn busy(&self, busy: &Busy, listening: Listening, patience: &Patience) {
-        let Busy { version, left, is_queued } = *busy;
+    /// The lock can't be had now; `busy` says what is known of it. A process that listens is notified when that changes.
+    pub(crate) fn busy(&self, busy: Option<&Busy>, is_listening: bool, patience: &Patience) {
         let now = Instant::now();
         let mut lines = lock(&self.lines.0);
         let Some(line) = self.line_asked(&mut lines) else { return };
         line.see_busy();
-        // Also where the answer is that it doesn't stand there: a try before the last one may have put it there.
-        line.is_queued = true;
         line.unreachable_since = None;
+        // Where nothing is known, a try before the last one may have put it into the row.
+        line.is_queued |= busy.is_none_or(|busy| busy.place.is_some());
+        line.turn = busy.and_then(Busy::turn);
+        let version = busy.map(|busy| busy.version);
         if line.seen != version {
             // A lock that changes hands is worth asking for often.
             (line.seen, line.rounds) = (version, 0);
         }
-        match left {
-            Some(left) if is_queued && listening == Listening::Now => line.answered(now + left.min(LONGEST_SILENCE)),
-            left if listening == Listening::Not => line.ask_again(patience, now, FIRST_PAUSE_OF_THE_DEAF, left),
-            left => line.ask_again(patience, now, FIRST_PAUSE, left),
+        // Not all processes that wait at the same moment.
+        let sleep = busy.map(|busy| busy.sleep(1.0 - random_fraction() / 4.0));
+        match sleep {
+            Some(sleep) if is_listening => line.answered(now + sleep),
+            sleep => line.ask_again(patience, now, sleep),
         }
     }
 
     /// Asking failed. Gives the error back where it ends the wait: at the first attempt, if it won't pass, and when the
     /// patience is over, which for one without an end is after a lease without an answer.
-    pub(crate) fn failed(&self, error: Error, asked: Instant, patience: &Patience) -> Result<()> {
+    pub(crate) fn failed(&self, failed: Failed, asked: Instant, patience: &Patience) -> Result<()> {
+        let Failed { error, is_unknown, .. } = failed;
         let now = Instant::now();
         let mut lines = lock(&self.lines.0);
         let Some(line) = self.line_asked(&mut lines) else { return Ok(()) };
@@ -456,7 +447,8 @@ impl Place<'_> {
         let lease = self.waiter.lock.lease_expire_after;
         let is_hopeless = *patience == Patience::Forever && now.duration_since(since.max(self.waiter.joined)) >= lease;
         let is_over = patience.is_over(now) || is_hopeless;
-        line.ask_again(patience, now, FIRST_PAUSE, None);
+        line.is_queued |= is_unknown;
+        line.ask_again(patience, now, None);
         if is_over || !line.is_busy || !error.is_transient() {
             return Err(error);
         }
@@ -492,20 +484,22 @@ impl Place<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
+    use crate::sql::GRACE;
 
     const LONG: Duration = Duration::from_secs(30);
-    const BUSY: Busy = Busy { version: Some(1), left: Some(LONG), is_queued: true };
+    const BUSY: Busy = Busy { version: 1, is_free: false, left: LONG, has_notified: false, place: Some(1), waiters: 1 };
 
     fn options() -> Arc<LockOptions> {
         Arc::new(LockOptions::new("l"))
     }
 
     fn granted(version: i64) -> Granted {
-        Granted { version, sent: Instant::now(), left: LONG, is_wanted: false, is_recognised: false }
+        Granted { version, sent: Instant::now(), left: LONG, is_wanted: false }
     }
 
     fn take(place: &Place<'_>, version: i64) -> Arc<Hold> {
-        assert!(matches!(place.turn(&Patience::Forever), Turn::Ask));
+        assert!(matches!(place.turn(&Patience::Forever), Turn::Ask(_)));
         let hold = place.waiter().hold(place.waiter().claim(), granted(version), None);
         place.took(&hold);
         hold
@@ -523,7 +517,7 @@ mod tests {
         // Nobody asks while it is ours, and it is known to be busy.
         assert!(matches!(next.turn(&soon()), Turn::Over(None)));
         assert!(!lines.release_hold(&hold, Instant::now(), false));
-        assert!(matches!(next.turn(&soon()), Turn::Ask));
+        assert!(matches!(next.turn(&soon()), Turn::Ask(_)));
         let last = lines.join(&options(), "o");
         assert!(matches!(last.turn(&soon()), Turn::Over(_)));
     }
@@ -532,19 +526,19 @@ mod tests {
     fn what_is_told_while_the_head_asks_is_kept_until_it_has_its_answer() {
         let lines = Lines::default();
         let place = lines.join(&options(), "o");
-        assert!(matches!(place.turn(&soon()), Turn::Ask));
-        lines.was_released("l", 1);
-        place.busy(&BUSY, Listening::Now, &Patience::Forever);
-        assert!(matches!(place.turn(&soon()), Turn::Ask));
+        assert!(matches!(place.turn(&soon()), Turn::Ask(_)));
+        lines.notified("l", Duration::ZERO, None);
+        place.busy(Some(&BUSY), true, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask(_)));
         // That of the last place doesn't undo that of the first.
-        lines.was_released("l", 1);
-        lines.was_released("l", 8);
-        place.busy(&BUSY, Listening::Now, &Patience::Forever);
-        assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, Listening::Now, &Patience::Forever);
+        lines.notified("l", Duration::ZERO, None);
+        lines.notified("l", 7 * GRACE, None);
+        place.busy(Some(&BUSY), true, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask(_)));
+        place.busy(Some(&BUSY), true, &Patience::Forever);
         assert!(matches!(place.turn(&soon()), Turn::Over(None)));
         // Another lock's release is none of ours.
-        lines.was_released("l2", 1);
+        lines.notified("l2", Duration::ZERO, None);
         assert!(matches!(place.turn(&soon()), Turn::Over(None)));
     }
 
@@ -552,11 +546,11 @@ mod tests {
     fn those_who_are_told_later_ask_later() {
         let lines = Lines::default();
         let place = lines.join(&options(), "o");
-        assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, Listening::Now, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask(_)));
+        place.busy(Some(&BUSY), true, &Patience::Forever);
         let told = Instant::now();
-        lines.was_released("l", 3);
-        assert!(matches!(place.turn(&Patience::Forever), Turn::Ask));
+        lines.notified("l", 2 * GRACE, None);
+        assert!(matches!(place.turn(&Patience::Forever), Turn::Ask(_)));
         assert!(told.elapsed() >= 2 * GRACE, "{:?}", told.elapsed());
     }
 
@@ -564,17 +558,17 @@ mod tests {
     fn a_head_that_ends_while_it_asks_leaves_the_asking_to_the_next() {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
-        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        assert!(matches!(head.turn(&soon()), Turn::Ask(_)));
         head.leave(false);
-        assert!(matches!(next.turn(&soon()), Turn::Ask));
+        assert!(matches!(next.turn(&soon()), Turn::Ask(_)));
     }
 
     #[test]
     fn the_next_head_goes_on_with_what_is_known_and_the_last_one_withdraws() {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
-        assert!(matches!(head.turn(&soon()), Turn::Ask));
-        head.busy(&BUSY, Listening::Now, &Patience::Forever);
+        assert!(matches!(head.turn(&soon()), Turn::Ask(_)));
+        head.busy(Some(&BUSY), true, &Patience::Forever);
         assert!(!head.leave(false).is_queued);
         assert!(matches!(next.turn(&soon()), Turn::Over(None)), "it asks what is known");
         assert!(next.leave(false).is_queued);
@@ -607,17 +601,17 @@ mod tests {
         let hold = take(&first, 1);
         // The second one asks while the lock is ours, because the hold was taken by one that didn't wait.
         lines.lose_hold(&hold);
-        assert!(matches!(second.turn(&soon()), Turn::Ask));
+        assert!(matches!(second.turn(&soon()), Turn::Ask(_)));
         lines.begin_hold(&hold);
         let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
         let handed = head.hold(head.claim(), granted(2), Some(&hold));
         assert!(lines.hand(&head, &handed));
         assert!(!lines.release_hold(&handed, Instant::now(), false));
-        assert!(matches!(third.turn(&soon()), Turn::Ask));
-        lines.was_released("l", 1);
-        second.busy(&BUSY, Listening::Now, &Patience::Forever);
-        third.busy(&BUSY, Listening::Now, &Patience::Forever);
-        assert!(matches!(third.turn(&soon()), Turn::Ask), "what it was told is lost");
+        assert!(matches!(third.turn(&soon()), Turn::Ask(_)));
+        lines.notified("l", Duration::ZERO, None);
+        second.busy(Some(&BUSY), true, &Patience::Forever);
+        third.busy(Some(&BUSY), true, &Patience::Forever);
+        assert!(matches!(third.turn(&soon()), Turn::Ask(_)), "what it was told is lost");
     }
 
     #[test]
@@ -640,16 +634,16 @@ mod tests {
     fn who_joins_where_the_first_attempt_fails_tries_for_itself() {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));
-        let error = || Error::Timeout { action: "ask".to_owned(), waiting_for: "an answer", after: LONG };
-        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        let error = || Failed::with(Error::Timeout { action: "ask".to_owned(), waiting_for: "an answer", after: LONG });
+        assert!(matches!(head.turn(&soon()), Turn::Ask(_)));
         assert!(head.failed(error(), Instant::now(), &Patience::Forever).is_err());
         head.leave(false);
         let start = Instant::now();
-        assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
+        assert!(matches!(next.turn(&Patience::Forever), Turn::Ask(_)));
         assert!(start.elapsed() < Duration::from_millis(50), "it waits for {:?}", start.elapsed());
         // Once the lock was seen to be busy, what fails is waiting.
-        next.busy(&Busy { left: Some(Duration::ZERO), ..Busy::default() }, Listening::Not, &Patience::Forever);
-        assert!(matches!(next.turn(&Patience::Forever), Turn::Ask));
+        next.busy(Some(&Busy { left: Duration::ZERO, ..BUSY }), false, &Patience::Forever);
+        assert!(matches!(next.turn(&Patience::Forever), Turn::Ask(_)));
         assert!(next.failed(error(), Instant::now(), &Patience::Forever).is_ok());
         // For as long as a lease.
         assert!(next.failed(error(), Instant::now(), &soon()).is_ok());
@@ -665,11 +659,11 @@ mod tests {
         let lines = Lines::default();
         let place = lines.join(&options(), "o");
         assert!(lines.any_waits());
-        assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, Listening::Now, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask(_)));
+        place.busy(Some(&BUSY), true, &Patience::Forever);
         lines.listening_changed();
-        assert!(matches!(place.turn(&soon()), Turn::Ask));
-        place.busy(&BUSY, Listening::Now, &Patience::Forever);
+        assert!(matches!(place.turn(&soon()), Turn::Ask(_)));
+        place.busy(Some(&BUSY), true, &Patience::Forever);
         lines.withdrawn("l");
         let hold = take(&place, 1);
         assert!(!lines.any_waits(), "one that waits for its own process doesn't count");
@@ -688,11 +682,11 @@ mod tests {
         let place = lines.join(&options(), "o");
         let patience = soon();
         let mut asked_late = 0;
-        while matches!(place.turn(&patience), Turn::Ask) {
+        while matches!(place.turn(&patience), Turn::Ask(_)) {
             asked_late += usize::from(patience.is_over(Instant::now()));
             thread::sleep(Duration::from_millis(5));
-            lines.was_released("l", 1);
-            place.busy(&BUSY, Listening::Now, &patience);
+            lines.notified("l", Duration::ZERO, None);
+            place.busy(Some(&BUSY), true, &patience);
         }
         assert!(asked_late <= 1, "asked {asked_late} times");
     }
@@ -703,7 +697,7 @@ mod tests {
         lines.begin_hold(&hold(1, Duration::from_secs(3) + Duration::from_millis(50)));
         let place = lines.join(&options(), "o");
         let start = Instant::now();
-        assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask));
+        assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask(_)));
         assert!(start.elapsed() < LONG / 2, "{:?}", start.elapsed());
     }
 
@@ -746,11 +740,11 @@ mod tests {
     fn who_waits_behind_a_patient_head_gives_up_after_a_lease_without_the_database() {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&Arc::new(LockOptions::new("l").lease_expire_after(GRACE)), "o"));
-        assert!(matches!(head.turn(&soon()), Turn::Ask));
-        head.busy(&BUSY, Listening::Now, &Patience::Forever);
-        let error = Error::Timeout { action: "ask".to_owned(), waiting_for: "an answer", after: LONG };
+        assert!(matches!(head.turn(&soon()), Turn::Ask(_)));
+        head.busy(Some(&BUSY), true, &Patience::Forever);
+        let error = Failed::with(Error::Timeout { action: "ask".to_owned(), waiting_for: "an answer", after: LONG });
         lines.listening_changed();
-        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        assert!(matches!(head.turn(&soon()), Turn::Ask(_)));
         head.failed(error, Instant::now(), &Patience::Until(Instant::now() + LONG)).expect("patient");
         let start = Instant::now();
         let Turn::Over(Some(unreachable)) = next.turn(&Patience::Forever) else { panic!("it goes on") };
@@ -761,14 +755,14 @@ mod tests {
     fn one_in_a_hurry_waits_for_the_first_answer() {
         let lines = Lines::default();
         let [head, hurried] = [0, 1].map(|_| lines.join(&options(), "o"));
-        assert!(matches!(head.turn(&soon()), Turn::Ask));
+        assert!(matches!(head.turn(&soon()), Turn::Ask(_)));
         let patience = Patience::Until(Instant::now());
         thread::scope(|scope| {
             // The same place, in another thread.
             let (lines, waiter) = (&lines, Arc::clone(&hurried.waiter));
             let turn = scope.spawn(move || Place { lines, waiter, asked: Cell::new(None) }.turn(&patience));
             thread::sleep(Duration::from_millis(20));
-            head.busy(&BUSY, Listening::Now, &Patience::Forever);
+            head.busy(Some(&BUSY), true, &Patience::Forever);
             // Busy, and not an error.
             assert!(matches!(turn.join().unwrap(), Turn::Over(None)));
         });

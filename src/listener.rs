@@ -10,7 +10,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::connections::Connections;
-use crate::line::{Lines, Listening};
+use crate::line::Lines;
 use crate::session::Session;
 use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::term::backoff;
@@ -36,7 +36,6 @@ pub(crate) struct Listener {
 struct State {
     has_thread: bool,
     is_on: bool,
-    has_failed: bool,
     /// A pooler is in the way.
     is_impossible: bool,
     is_closed: bool,
@@ -54,13 +53,8 @@ impl Listener {
     }
 
     /// Whether notifications come.
-    pub(crate) fn listening(&self) -> Listening {
-        let state = lock(&self.state);
-        match (state.is_on, state.is_impossible || state.has_failed) {
-            (true, _) => Listening::Now,
-            (false, false) => Listening::Soon,
-            (false, true) => Listening::Not,
-        }
+    pub(crate) fn is_listening(&self) -> bool {
+        lock(&self.state).is_on
     }
 
     /// Somebody waits in the lines: starts to listen, if that is possible and not done already.
@@ -88,9 +82,7 @@ impl Listener {
     }
 
     fn set_on(&self, is_on: bool, lines: &Lines) {
-        let mut state = lock(&self.state);
-        (state.is_on, state.has_failed) = (is_on, false);
-        drop(state);
+        lock(&self.state).is_on = is_on;
         lines.listening_changed();
     }
 }
@@ -137,8 +129,7 @@ impl Running {
                 note!(warn, "cannot listen for releases, waiting polls: {why}");
             }
             failures += 1;
-            let mut state = lock(&listener.state);
-            state.has_failed = true;
+            let state = lock(&listener.state);
             if !state.is_closed {
                 drop(wait_until(&listener.closed, state, Instant::now() + backoff(failures)));
             }
@@ -156,8 +147,9 @@ impl Running {
             match session.notification(LOOK) {
                 Ok(Some(payload)) => {
                     heard = Instant::now();
-                    if let Some((place, lock_id)) = payload.split_once(' ') {
-                        self.1.was_released(lock_id, place.parse().unwrap_or(1));
+                    // Others listen on this channel, too, and anybody may write to it.
+                    if let Some((delay, turn, lock_id)) = addressed_to(self.0.waiter, &payload) {
+                        self.1.notified(lock_id, delay, turn);
                     }
                 }
                 Ok(None) if session.is_closed() => return End::Lost("the server closed the connection".to_owned()),
@@ -183,6 +175,32 @@ impl Running {
                 }
                 heard = now;
             }
+        }
+    }
+}
+
+/// When to look, the version that may be taken then, and the lock, if a notification is for this waiter: see `notify` in
+/// [`crate::sql`].
+fn addressed_to(waiter: Uuid, payload: &str) -> Option<(Duration, Option<i64>, &str)> {
+    let mut parts = payload.splitn(4, ' ');
+    let (id, delay, turn, lock_id) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let (delay, turn) = (delay.parse().ok()?, turn.parse().ok()?);
+    (id.parse() == Ok(waiter)).then_some((Duration::from_millis(delay), Some(turn).filter(|turn| *turn > 0), lock_id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_notification_for_this_process_is_not_heard() {
+        let waiter = Uuid::new_v4();
+        let heard =
+            |payload: &str| addressed_to(waiter, &payload.replace('$', &waiter.to_string())).map(|it| it.2.to_owned());
+        assert_eq!(heard("$ 0 7 a lock").as_deref(), Some("a lock"));
+        assert_eq!(heard(&format!("$ {} {} l", u64::MAX, i64::MAX)).as_deref(), Some("l"));
+        for payload in ["", "$", "$ 0 l", "$ -1 0 l", "$ 0 x l", "0 0 l", &format!("{} 0 0 l", Uuid::new_v4())] {
+            assert_eq!(heard(payload), None, "{payload}");
         }
     }
 }

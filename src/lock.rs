@@ -4,18 +4,20 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::answer::{Claim, LockInformation};
+use crate::answer::{Busy, LockInformation, Ticket};
 use crate::error::{Error, Result};
 use crate::events::Event;
+use crate::follow_up::Unfinished;
 use crate::guard::LockGuard;
 use crate::hold::Hold;
-use crate::line::{self, Busy, Place, Turn};
+use crate::line::{self, Place, Turn};
 use crate::options::{LockOptions, check_id};
 use crate::refresh;
 use crate::storage::{Attempt, PostgresStorage};
 use crate::sync::{Instant, thread};
 use crate::user_code::note;
 use crate::wait::Patience;
+use crate::workers::Failed;
 
 /// One lock: a name that one owner at a time can hold, in all processes that use the same table.
 ///
@@ -140,22 +142,21 @@ impl StorageLock {
                     let action = format!("acquire lock {:?}", self.options.lock_id);
                     return Err(Error::Timeout { action, waiting_for: "an answer", after });
                 }
-                Turn::Ask => {
+                Turn::Ask(turn) => {
                     let asked = Instant::now();
-                    let claim = waiting.place.waiter().claim();
-                    match self.attempt(&claim, true, &patience) {
-                        Ok(Attempt::Taken { granted, is_takeover }) => {
+                    match self.attempt(owner_id, Some(self.storage.ticket(turn)), &patience) {
+                        Ok(Attempt::Taken { claim, granted, is_takeover }) => {
                             let hold = waiting.place.waiter().hold(claim, granted, None);
                             waiting.place.took(&hold);
                             return self.guard(hold, began, is_takeover).map(Some);
                         }
                         Ok(Attempt::Busy(busy)) => {
-                            waiting.place.busy(&busy, self.storage.listening(), &patience);
+                            waiting.place.busy(busy.as_ref(), self.storage.is_listening(), &patience);
                             self.storage.listen();
                             // Those behind in the line don't wait for whoever is told.
-                            self.tell_busy(owner_id, &busy);
+                            self.tell_busy(owner_id, busy.as_ref());
                         }
-                        Err(error) => waiting.place.failed(error, asked, &patience)?,
+                        Err(failed) => waiting.place.failed(failed, asked, &patience)?,
                     }
                 }
             }
@@ -169,27 +170,27 @@ impl StorageLock {
 
     /// Without waiting, and so without standing in line.
     fn acquire_at_once(&self, owner_id: &str, patience: &Patience, began: Instant) -> Result<Option<LockGuard>> {
-        let claim = line::claim(&self.options, owner_id);
-        match self.attempt(&claim, false, patience)? {
-            Attempt::Taken { granted, is_takeover } => {
+        match self.attempt(owner_id, None, patience)? {
+            Attempt::Taken { claim, granted, is_takeover } => {
                 let hold = Arc::new(Hold::new(claim, granted, &self.options, thread::current().id(), granted.sent));
                 self.storage.lines().begin_hold(&hold);
                 self.guard(hold, began, is_takeover).map(Some)
             }
             Attempt::Busy(busy) => {
-                self.tell_busy(owner_id, &busy);
+                self.tell_busy(owner_id, busy.as_ref());
                 Ok(None)
             }
         }
     }
 
-    fn attempt(&self, claim: &Claim, waits: bool, patience: &Patience) -> Result<Attempt> {
-        let deadline = patience.attempt_deadline(Instant::now(), self.storage.longest_call(), waits);
-        self.storage.acquire(claim, waits, self.options.version_miss_retry_times, deadline)
+    fn attempt(&self, owner_id: &str, ticket: Option<Ticket>, patience: &Patience) -> Result<Attempt, Failed> {
+        let deadline = patience.attempt_deadline(Instant::now(), self.storage.longest_call(), ticket.is_some());
+        let new_claim = || line::claim(&self.options, owner_id);
+        self.storage.acquire(new_claim, ticket, self.options.version_miss_retry_times, deadline)
     }
 
-    fn tell_busy(&self, owner_id: &str, busy: &Busy) {
-        let (lock_id, version) = (self.options.lock_id.as_str(), busy.version);
+    fn tell_busy(&self, owner_id: &str, busy: Option<&Busy>) {
+        let (lock_id, version) = (self.options.lock_id.as_str(), busy.map(|busy| busy.version));
         self.storage.events().tell(|| Event::Busy { lock_id, owner_id, version });
     }
 
@@ -228,7 +229,7 @@ impl Drop for Waiting<'_> {
             drop(LockGuard::new(self.storage.clone(), hold));
         }
         if left.is_queued {
-            self.storage.withdraw(self.place.lock_id());
+            self.storage.follow_up(Unfinished::place(self.place.lock_id(), Instant::now()));
         }
     }
 }

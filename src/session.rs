@@ -19,7 +19,7 @@ use postgres::types::{ToSql, Type};
 use postgres::{Client, IsolationLevel, Row, Statement};
 use uuid::Uuid;
 
-use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInformation};
+use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInformation, Ticket};
 use crate::error::is_serialization_failure;
 use crate::events::Events;
 use crate::sql::{self, Prepared, Sql};
@@ -48,6 +48,8 @@ pub(crate) struct Session {
     route: Arc<Route>,
     generation: u64,
     is_broken: bool,
+    /// What the server's clock said last, and when that was read.
+    clock: Option<(SystemTime, Instant)>,
 }
 
 impl Session {
@@ -58,16 +60,17 @@ impl Session {
         route: Arc<Route>,
         generation: u64,
     ) -> Result<Session, postgres::Error> {
-        let mut backend = None;
+        let (mut backend, mut clock) = (None, None);
         if with_options {
             let row = client.query_typed_one(sql::SESSION, &[])?;
+            clock = Some((row.try_get(2)?, Instant::now()));
             if row.try_get::<_, Option<bool>>(1)? == Some(true) {
                 backend = Some(row.try_get(0)?);
             } else {
                 route.recognise_pooler("it dropped the start-up options");
             }
         }
-        Ok(Session { client, backend, statements: HashMap::new(), route, generation, is_broken: false })
+        Ok(Session { client, backend, statements: HashMap::new(), route, generation, is_broken: false, clock })
     }
 
     /// Whether it may be used again.
@@ -111,10 +114,20 @@ impl Session {
         self.route.is_interrupted.store(true, Ordering::Relaxed);
     }
 
-    /// One attempt, one statement. A waiter keeps to the line, and stands in it afterwards if the lock is busy; without
-    /// one, a lock that is free is taken also if it was promised to somebody.
-    pub(crate) fn acquire(&mut self, sql: &Sql, claim: &Claim, waiter: Option<Uuid>) -> Result<Acquired, Fault> {
+    /// One attempt, one statement. Whoever waits keeps to the order of the row, and stands there afterwards if the lock is busy; for
+    /// whoever doesn't, a free lock is free even if it is promised to somebody.
+    pub(crate) fn acquire(&mut self, sql: &Sql, claim: &Claim, ticket: Option<Ticket>) -> Result<Acquired, Fault> {
+        // Once more where our idea of the server's clock was wrong: after a suspend, or a jump of that clock.
+        match self.try_to_acquire(sql, claim, ticket)? {
+            Acquired::TooLate => self.try_to_acquire(sql, claim, ticket),
+            acquired => Ok(acquired),
+        }
+    }
+
+    fn try_to_acquire(&mut self, sql: &Sql, claim: &Claim, ticket: Option<Ticket>) -> Result<Acquired, Fault> {
         let (micros, place) = (micros(claim.lease), self.place(&sql.acquire));
+        let (waiter, turn) = (ticket.map(|ticket| ticket.waiter), ticket.and_then(|ticket| ticket.turn));
+        let ends = self.claim_ends();
         let sent = Instant::now();
         let row = self.run(
             &sql.acquire,
@@ -125,25 +138,33 @@ impl Session {
                 (&micros, Type::INT8),
                 (&place, Type::TEXT),
                 (&waiter, Type::UUID),
+                (&turn, Type::INT8),
+                (&ends, Type::TIMESTAMPTZ),
             ],
         );
         let row = match row {
-            Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(Acquired::Missed),
-            Err(Fault::Postgres(error)) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
-                return Ok(Acquired::Locked);
-            }
-            row => row?,
+            Err(fault) => return unlucky(fault),
+            Ok(row) => row,
         };
-        let Some(newest) = row.try_get::<_, Option<i64>>(2)? else { return Ok(Acquired::Absent) };
+        let now = row.try_get(3)?;
+        self.clock = Some((now, Instant::now()));
+        if !row.try_get::<_, bool>(12)? {
+            return Ok(Acquired::TooLate);
+        }
+        let Some(version) = row.try_get::<_, Option<i64>>(5)? else { return Ok(Acquired::Absent) };
         let row = AcquireRow {
             taken: row.try_get(1)?,
-            newest,
-            owner_id: row.try_get(3)?,
-            is_mine: row.try_get(4)?,
-            is_released: row.try_get(5)?,
-            left: left(&row, 6, 7)?,
-            is_wanted: row.try_get(8)?,
-            is_queued: row.try_get(9)?,
+            left: row.try_get::<_, SystemTime>(2)?.duration_since(now).unwrap_or_default(),
+            is_wanted: row.try_get(4)?,
+            version,
+            owner_id: row.try_get(6)?,
+            is_released: row.try_get(7)?,
+            is_free: row.try_get(8)?,
+            may_take: row.try_get(9)?,
+            has_notified: row.try_get::<_, Option<i64>>(13)?.is_some(),
+            waits: ticket.is_some(),
+            place: row.try_get::<_, Option<i32>>(10)?.and_then(|place| u32::try_from(place).ok()),
+            waiters: u32::try_from(row.try_get::<_, i32>(11)?).unwrap_or_default(),
         };
         Ok(row.meaning(sent))
     }
@@ -154,7 +175,11 @@ impl Session {
     /// default is. The lock is tried, not waited for: a creator that stalls inside its transaction makes others find
     /// the lock busy until the server ends its session.
     pub(crate) fn create(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
-        let micros = micros(claim.lease);
+        self.try_to_create(sql, claim).or_else(unlucky)
+    }
+
+    fn try_to_create(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
+        let (micros, ends) = (micros(claim.lease), self.claim_ends());
         let mut transaction =
             self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).read_only(false).start()?;
         let row = transaction.query_typed(&sql.lock_creation, &[(&claim.lock_id, Type::TEXT)])?;
@@ -169,11 +194,12 @@ impl Session {
                 (&claim.owner_id, Type::TEXT),
                 (&claim.lease_id, Type::UUID),
                 (&micros, Type::INT8),
+                (&ends, Type::TIMESTAMPTZ),
             ],
         )?;
         let Some(row) = rows.first() else { return Ok(Acquired::Missed) };
         let left = left(row, 1, 2)?;
-        let granted = Granted { version: row.try_get(0)?, sent, left, is_wanted: false, is_recognised: false };
+        let granted = Granted { version: row.try_get(0)?, sent, left, is_wanted: false };
         transaction.commit()?;
         Ok(Acquired::Taken { granted, taken_over_from: None })
     }
@@ -194,7 +220,7 @@ impl Session {
         Ok(if row.try_get(1)? { Some(row.try_get(2)?) } else { None })
     }
 
-    /// Ends the hold of this claim, tells those who wait, and says how many were told; none if the hold had been lost, or
+    /// Ends the hold of this claim, notifies those who wait, and says how many wait; none if the hold had been lost, or
     /// (with no version) had never come to be. This process, as `waiter`, stands behind them afterwards or not at all.
     pub(crate) fn release(
         &mut self,
@@ -216,8 +242,7 @@ impl Session {
                 (&waits_again, Type::BOOL),
             ],
         )?;
-        let told: i64 = row.try_get(2)?;
-        Ok(if row.try_get(1)? { Some(u32::try_from(told).unwrap_or(u32::MAX)) } else { None })
+        Ok(row.try_get::<_, Option<i32>>(1)?.map(|waiters| u32::try_from(waiters).unwrap_or_default()))
     }
 
     /// Ends the hold of a claim and begins that of the next one; none if the hold was lost, or somebody's transaction has
@@ -230,6 +255,7 @@ impl Session {
         next: &Claim,
     ) -> Result<Option<Granted>, Fault> {
         let (micros, place) = (micros(next.lease), self.place(&sql.hand_over));
+        let ends = self.claim_ends();
         let sent = Instant::now();
         let row = self.run(
             &sql.hand_over,
@@ -241,32 +267,35 @@ impl Session {
                 (&next.lease_id, Type::UUID),
                 (&micros, Type::INT8),
                 (&place, Type::TEXT),
+                (&ends, Type::TIMESTAMPTZ),
             ],
         );
         let row = match row {
             Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(None),
             row => row?,
         };
+        self.clock = Some((row.try_get(3)?, Instant::now()));
         let Some(version) = row.try_get(1)? else { return Ok(None) };
-        Ok(Some(Granted {
-            version,
-            sent,
-            left: left(&row, 2, 3)?,
-            is_wanted: row.try_get(4)?,
-            is_recognised: row.try_get(5)?,
-        }))
+        Ok(Some(Granted { version, sent, left: left(&row, 2, 3)?, is_wanted: row.try_get(4)? }))
     }
 
-    /// Takes a waiter out of the line; false if the lock changed hands meanwhile, and it has to be repeated.
-    pub(crate) fn withdraw(&mut self, sql: &Sql, lock_id: &str, waiter: Uuid) -> Result<bool, Fault> {
+    /// Takes a waiter out of the row.
+    pub(crate) fn withdraw(&mut self, sql: &Sql, lock_id: &str, waiter: Uuid) -> Result<(), Fault> {
         let place = self.place(&sql.withdraw);
-        let row = self.run(&sql.withdraw, &[(&lock_id, Type::TEXT), (&waiter, Type::UUID), (&place, Type::TEXT)])?;
-        Ok(row.try_get(1)?)
+        self.run(&sql.withdraw, &[(&lock_id, Type::TEXT), (&waiter, Type::UUID), (&place, Type::TEXT)])?;
+        Ok(())
+    }
+
+    /// Until when, by the server's clock, a claim that is sent now may take effect. It is too early by the time for which the answer
+    /// was under way that told us the clock, and nothing if none has.
+    fn claim_ends(&self) -> Option<SystemTime> {
+        let (time, read) = self.clock?;
+        time.checked_add(read.elapsed() + sql::CLAIM_LIFE)
     }
 
     /// From now on notifications for this waiter come to this session.
     pub(crate) fn listen(&mut self, waiter: Uuid) -> Result<(), postgres::Error> {
-        self.client.batch_execute(&format!("LISTEN \"{}\"", sql::channel(waiter)))
+        self.client.batch_execute(&sql::listen(waiter))
     }
 
     /// The next notification's payload, if one comes within `patience`.
@@ -393,6 +422,15 @@ fn information(row: &Row) -> Result<LockInformation, postgres::Error> {
         is_held: row.try_get(6)?,
         waiters: usize::try_from(row.try_get::<_, i32>(7)?).unwrap_or_default(),
     })
+}
+
+/// What a fault means for an acquire that others were in the way of.
+fn unlucky(fault: Fault) -> Result<Acquired, Fault> {
+    match fault {
+        Fault::Postgres(error) if is_serialization_failure(&error) => Ok(Acquired::Missed),
+        Fault::Postgres(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(Acquired::Locked),
+        fault => Err(fault),
+    }
 }
 
 /// How long it is from the time in column `now` to the one in column `end`.

@@ -10,15 +10,23 @@
 //!   of an acquire of 450 µs. When busy, nothing is written.
 //! - **Refresh** and **release** name the row by lock, version and lease, touch no key column, and are idempotent: a
 //!   repeated release keeps the first one's time, so that a lost answer isn't taken for a lost lease.
-//! - **Waiting** processes stand in the row too, in `waiters`, in the order in which they came: by the random id of their
-//!   storage, which also names the channel on which they listen. A busy acquire of a process that waits puts it there, and
-//!   only then a release notifies: registration and release update the same row, so that one of them sees the other.
-//!   Unlike an acquire, a registration waits for the row, though not for long: where a lock is handed over all the time, its
-//!   row is always locked by somebody who is about to commit.
-//! - A released lock is **promised** to the first of the waiters for [`GRACE`]; meanwhile no other one takes it, so that who
-//!   comes back sooner than a notification travels doesn't starve the others. After that whoever stands in line may take it; all
-//!   were told, and ask one [`GRACE`] after the other. The one that takes it sends everybody before it away: who is alive was told,
-//!   asks, and stands in line again. So a dead process costs the others one [`GRACE`], once.
+//! - **Waiting** processes stand in the row too, in `waiters`, in the order in which they came, by the random id of their
+//!   storage. A busy acquire of a process that waits puts it there: the *registration*. Registration and release update
+//!   the same row, so that one of them sees the other. What a waiter sleeps by comes from the row that its own
+//!   registration wrote: the statement's snapshot may be older than that row, and the lock released since.
+//!   Unlike an acquire, a registration waits for the row, though not for long: where a lock is handed over all the
+//!   time, its row is always locked by somebody who is about to commit.
+//! - A **free** lock (released, or with its lease over) is promised to the first in the row for [`GRACE`]. The promise counts
+//!   from the moment at which the lock became free; a moment that the clock has yet to reach doesn't count, as the
+//!   database's clock may have been set back. After it, a waiter behind others takes the lock in two steps. It **notifies**
+//!   those before it, and learns the version. It gives them [`STEP`] each, and takes the lock if it is still free in that version:
+//!   whoever of them is alive has come before. The taker sends those before it away. So dead processes cost the others a
+//!   moment, once, however many they are, and nobody who is alive is passed over.
+//! - A **release** notifies the first two and the last of the waiters, however many there are. The first takes the lock; the second looks
+//!   after [`GRACE`], and the last a little later: of many it is the likeliest to be alive. Nothing depends on a
+//!   notification: each waiter looks by itself from time to time ([`crate::answer::Busy`]).
+//! - A late copy of an acquire must not take the lock for nobody. Each claim is sent once, and its statement does nothing after an
+//!   instant of the database's clock, so that whoever follows it up knows when to stop ([`crate::follow_up`]).
 //! - A **fence** locks the row in the caller's own transaction, against a move of the key and nothing else (`FOR KEY SHARE`): acquirers
 //!   skip it as they skip each other, refreshes and releases go on. It waits for an acquire that has the row: not only one that takes
 //!   it, but also one that came too late, and keeps the row of its winner until it has committed nothing. It compares the
@@ -38,12 +46,19 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-/// What the names of our channels begin with; the waiter's id follows.
+/// What the names of our channels begin with; the last hexadecimal digit of the waiter's id follows. A few fixed names, because
+/// each text of a `LISTEN` takes an entry of `pg_stat_statements`.
 const CHANNEL: &str = "storage_lock_";
-/// How long a released lock is kept for the first of the waiting processes.
+/// For how long a free lock is promised to the first of the waiting processes.
 pub(crate) const GRACE: Duration = Duration::from_millis(100);
-/// How many processes may stand in a row. Others ask from time to time.
-const MAX_WAITERS: u32 = 1_000;
+/// How much later than the one before it each further waiter looks.
+pub(crate) const STEP: Duration = Duration::from_millis(10);
+/// All those steps together, where they are waited for.
+pub(crate) const LONGEST_STEPS: Duration = Duration::from_secs(1);
+/// How many processes may stand in a row. Others look from time to time.
+pub(crate) const MAX_WAITERS: u32 = 1_000;
+/// For how long the statement of a claim may take effect, from when it was sent: longer than any caller waits for an attempt.
+pub(crate) const CLAIM_LIFE: Duration = Duration::from_secs(30);
 
 /// The columns, their types as `format_type` names them, and whether they are `NOT NULL`.
 pub(crate) const COLUMNS: [(&str, &str, bool); 8] = [
@@ -61,19 +76,24 @@ pub(crate) const COLUMNS: [(&str, &str, bool); 8] = [
 const DURABLE: &str = "(current_setting('synchronous_commit') <> 'off' \
                        OR set_config('synchronous_commit', 'on', true) IS NOT NULL)";
 
+/// Whether a claim's statement still may take effect.
+const IS_IN_TIME: &str = "($8::timestamptz IS NULL OR clock_timestamp() <= $8)";
+
 /// Makes a commit return before it is on the disk.
 const NOT_DURABLE: &str = "set_config('synchronous_commit', 'off', true) IS NOT NULL";
 
 /// What to send as start-up options, so that a session does what the lock needs whatever the role's defaults are:
 /// index scans also while the table is small (a plan is kept while the table grows), no planning and no JIT
-/// compilation of tiny statements, functions that nobody can shadow, and no statement that outlives its caller for long.
+/// compilation of tiny statements, functions that nobody can shadow, and no statement that outlives its caller for long. A
+/// lock that isn't granted is to be told from a statement that took too long: its limit comes first.
 pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
      -c enable_seqscan=off -c plan_cache_mode=force_generic_plan -c jit=off -c search_path=pg_catalog \
      -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
-     -c statement_timeout=5000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=5000";
+     -c statement_timeout=5000 -c lock_timeout=4000 -c idle_in_transaction_session_timeout=5000";
 
-/// This session's backend, and whether the start-up options reached it.
-pub(crate) const SESSION: &str = "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on'";
+/// This session's backend, whether the start-up options reached it, and what time it is.
+pub(crate) const SESSION: &str =
+    "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on', clock_timestamp()";
 
 pub(crate) const SERVER_TIME: &str = "SELECT clock_timestamp()";
 
@@ -147,17 +167,42 @@ impl Sql {
                            coalesce(cardinality(waiters), 0) AS waiters";
         let version_check = version_check(schema);
         let grace = format!("interval '{} milliseconds'", GRACE.as_millis());
-        // For the process $6, or for one that doesn't stand in line.
-        let is_free = format!(
-            "(lease_expire_time <= clock_timestamp()
-           OR released_at IS NOT NULL
-              AND (waiters IS NULL OR $6 IS NULL OR waiters[1] = $6 OR released_at + {grace} <= clock_timestamp()))"
-        );
-        // Tells the waiters in the rows of a CTE, each on its channel, at which place it stands.
-        let tell = |rows: &str| {
+        // When the lock became free, if it is free.
+        let free_since = |row: &str| format!("least({row}released_at, {row}lease_expire_time)");
+        let is_free =
+            |row: &str| format!("({row}released_at IS NOT NULL OR {row}lease_expire_time <= clock_timestamp())");
+        let is_lapsed = |row: &str| {
+            let since = free_since(row);
+            format!("({since} + {grace} <= clock_timestamp() OR {since} > clock_timestamp())")
+        };
+        // For the process $6, which has notified those before it of version $7; or for one that doesn't wait.
+        let may_take = |row: &str| {
             format!(
-                "(SELECT count(pg_notify('{CHANNEL}' || waiter, place || ' ' || $1))
-        FROM {rows}, unnest(waiters) WITH ORDINALITY AS told (waiter, place))"
+                "({free} AND coalesce($6 IS NULL OR coalesce(cardinality({row}waiters), 0) = 0 OR {row}waiters[1] = $6
+                     OR {row}version = $7 AND {lapsed}, false))",
+                free = is_free(row),
+                lapsed = is_lapsed(row),
+            )
+        };
+        // Notifies waiters: each on its channel, whoever it is, when to look, the version of which those before it are notified, or
+        // 0, and of which lock. An entry that somebody else made may be NULL. All of it is qualified: it runs in the caller's session too.
+        let notify = |rows: &str, delay: &str, turn: &str, condition: &str| {
+            format!(
+                "(SELECT pg_catalog.count(pg_catalog.pg_notify(
+            pg_catalog.concat('{CHANNEL}', pg_catalog.right(waiter::pg_catalog.text, 1)),
+            pg_catalog.concat_ws(' ', waiter, {delay}, {turn}, $1)))
+        FROM {rows}, ROWS FROM (pg_catalog.unnest(waiters)) WITH ORDINALITY AS entry (waiter, place)
+        WHERE waiter IS NOT NULL AND ({condition}))"
+            )
+        };
+        // The first two, and the last.
+        let tell = |rows: &str, turn: &str| {
+            let (first, second, last) = (0, GRACE.as_millis(), (GRACE + LONGEST_STEPS).as_millis());
+            notify(
+                rows,
+                &format!("CASE place WHEN 1 THEN {first} WHEN 2 THEN {second} ELSE {last} END"),
+                &format!("CASE WHEN place OPERATOR(pg_catalog.<=) 2 THEN {turn} ELSE 0 END"),
+                "place OPERATOR(pg_catalog.<=) 2 OR place OPERATOR(pg_catalog.=) pg_catalog.cardinality(waiters)",
             )
         };
         // $1 lock, $2 version, $3 lease id as text, which every driver can send. It runs in the caller's session, whose search path decides
@@ -180,48 +225,62 @@ impl Sql {
                      PRIMARY KEY (lock_id, version)\n\
                  ) WITH (fillfactor = 70)"
             ),
-            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 place, $6 waiter or NULL.
-            // `cur` shows what there is; `free` locks it only if it can be had; `taken` moves it to the next version; `queued`
-            // puts the waiter into the line if it can't: also of a version that has just followed, where a lock is handed
-            // over all the time, and its row is always about to change.
-            // A lease id takes a lock once: a copy of this statement that the network delivered late, after its
-            // repetition was served and released, must not take the lock for nobody.
+            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 place, $6 waiter or NULL, $7 the version of which those
+            // before it are notified, or NULL, $8 until when it may take effect.
+            // `cur` shows what there is; `free` locks it only if it may be taken; `taken` moves it to the next version; `queued`
+            // puts the waiter into the row otherwise: also into that of a version that has just followed, where a lock is
+            // handed over all the time, and its row is always about to change. `seen` is what the waiter sleeps by.
             acquire: Prepared::new("acquire", &table, "$5", |here| {
                 format!(
                     "WITH cur AS MATERIALIZED (
-    SELECT version, owner_id, lease_id, lease_expire_time, released_at, waiters FROM {table}
+    SELECT version, owner_id, lease_expire_time, released_at, waiters FROM {table}
     WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
 ), free AS MATERIALIZED (
     SELECT version FROM {table}
-    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND lease_id <> $3 AND {is_free} AND {DURABLE}
+    WHERE lock_id = $1 AND version = (SELECT version FROM cur) AND {may_take} AND {IS_IN_TIME} AND {DURABLE}
     FOR UPDATE SKIP LOCKED
 ), taken AS (
     UPDATE {table} AS lock
     SET version = lock.version + 1, owner_id = $2, lease_id = $3, lock_begin_time = clock_timestamp(),
         lease_expire_time = {lease}, released_at = NULL,
-        waiters = nullif(array_remove(
-            CASE WHEN lock.released_at IS NULL THEN lock.waiters
-                 ELSE lock.waiters[coalesce(array_position(lock.waiters, $6), 1) + 1:] END, $6), '{{}}')
+        waiters = nullif(array_remove(CASE
+            WHEN $6 IS NOT NULL
+            THEN lock.waiters[coalesce(array_position(lock.waiters, $6), cardinality(lock.waiters)) + 1:]
+            WHEN {is_lapsed} THEN lock.waiters[2:]
+            ELSE lock.waiters END, $6), '{{}}')
     WHERE lock_id = $1 AND version = (SELECT version FROM free)
     RETURNING version, lease_expire_time, waiters
 ), queued AS (
     UPDATE {table} SET waiters = array_append(waiters, $6)
-    WHERE $6 IS NOT NULL AND NOT EXISTS (SELECT FROM free)
-      AND lock_id = $1 AND version >= (SELECT version FROM cur) AND lease_id <> $3 AND NOT {is_free}
-      AND NOT coalesce($6 = ANY (waiters), false) AND coalesce(cardinality(waiters), 0) < {MAX_WAITERS} AND {NOT_DURABLE}
+    WHERE $6 IS NOT NULL AND NOT EXISTS (SELECT FROM free) AND {IS_IN_TIME}
+      AND lock_id = $1 AND version >= (SELECT version FROM cur) AND NOT {may_take}
+      AND array_position(waiters, $6) IS NULL AND coalesce(cardinality(waiters), 0) < {MAX_WAITERS} AND {NOT_DURABLE}
       AND set_config('lock_timeout', '100', true) IS NOT NULL
-    RETURNING 1
+    RETURNING version, owner_id, lease_expire_time, released_at, waiters
+), seen AS MATERIALIZED (
+    SELECT *, array_position(waiters, $6) AS place FROM (
+        SELECT * FROM queued UNION ALL SELECT * FROM cur WHERE NOT EXISTS (SELECT FROM queued)) AS newest
 )
-SELECT {here}, taken.version, cur.version, cur.owner_id, cur.lease_id = $3, cur.released_at IS NOT NULL,
-       CASE WHEN taken.version IS NOT NULL THEN taken.lease_expire_time
-            WHEN cur.released_at IS NULL THEN cur.lease_expire_time
-            ELSE least(cur.released_at + {grace}, cur.lease_expire_time) END,
-       clock_timestamp(), taken.waiters IS NOT NULL,
-       CASE WHEN $6 IS NOT NULL AND coalesce(cardinality(cur.waiters), 0) < {MAX_WAITERS}
-            THEN EXISTS (SELECT FROM queued)
-                 OR coalesce($6 = ANY (cur.waiters) AND (cur.released_at IS NULL OR cur.waiters[1] <> $6), false) END
-FROM (VALUES (1)) AS one LEFT JOIN cur ON true LEFT JOIN taken ON true",
+SELECT {here}, taken.version, coalesce(taken.lease_expire_time, CASE
+           WHEN {seen_is_free} THEN {seen_free_since} + {grace} ELSE seen.lease_expire_time END),
+       clock_timestamp(), taken.waiters IS NOT NULL, seen.version, seen.owner_id, seen.released_at IS NOT NULL,
+       {seen_is_free}, {seen_may_take}, seen.place, coalesce(cardinality(seen.waiters), 0), {IS_IN_TIME},
+       CASE WHEN $6 IS NOT NULL AND {seen_is_free} AND {seen_is_lapsed} AND NOT {seen_may_take} AND {IS_IN_TIME}
+            THEN {told} END
+FROM (VALUES (1)) AS one LEFT JOIN seen ON true LEFT JOIN taken ON true",
                     lease = lease_from_now("$4"),
+                    may_take = may_take(""),
+                    is_lapsed = is_lapsed("lock."),
+                    seen_is_free = is_free("seen."),
+                    seen_free_since = free_since("seen."),
+                    seen_is_lapsed = is_lapsed("seen."),
+                    seen_may_take = may_take("seen."),
+                    told = notify(
+                        "(SELECT seen.version, seen.waiters, seen.place AS own) AS before",
+                        &format!("least((place - 1) * {}, {})", STEP.as_millis(), LONGEST_STEPS.as_millis()),
+                        "version",
+                        "own IS NULL OR place < own",
+                    ),
                 )
             }),
             // $1 lock. Taken in a statement of its own, before `create` gets its snapshot.
@@ -230,11 +289,11 @@ FROM (VALUES (1)) AS one LEFT JOIN cur ON true LEFT JOIN taken ON true",
        set_config('idle_in_transaction_session_timeout', '5000', true), {DURABLE}",
                 literal = literal(&table),
             ),
-            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds.
+            // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 until when it may take effect.
             create: format!(
                 "INSERT INTO {table} (lock_id, version, owner_id, lease_id, lock_begin_time, lease_expire_time)
 SELECT $1, 1, $2, $3, clock_timestamp(), {lease}
-WHERE NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1)
+WHERE NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1) AND ($5::timestamptz IS NULL OR clock_timestamp() <= $5)
 RETURNING version, lease_expire_time, clock_timestamp()",
                 lease = lease_from_now("$4"),
             ),
@@ -253,6 +312,7 @@ SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHE
             }),
             // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place, $5 this process as a waiter or NULL, $6
             // whether it goes on waiting, which puts it behind those who wait; with nobody before it, it has no need to.
+            // Returns how many wait.
             release: Prepared::new("release", &table, "$4", |here| {
                 format!(
                     "WITH released AS (
@@ -261,50 +321,49 @@ SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHE
                        WHEN $6 THEN array_append(array_remove(waiters, $5), $5)
                        ELSE array_remove(waiters, $5) END
     WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3 AND {here} AND {NOT_DURABLE}
-    RETURNING waiters
+    RETURNING version, waiters
 )
-SELECT {here}, EXISTS (SELECT FROM released), {told}",
-                    told = tell("released"),
+SELECT {here}, (SELECT coalesce(cardinality(waiters), 0) FROM released), {told}",
+                    told = tell("released", "version"),
                 )
             }),
-            // $1 lock, $2 version, $3 lease id, $4 the next owner, $5 its lease id, $6 its lease in microseconds, $7 place.
-            // `own` skips a row that somebody's transaction has locked: that is for a release, which isn't held up by it.
+            // $1 lock, $2 version, $3 lease id, $4 the next owner, $5 its lease id, $6 its lease in microseconds, $7 place, $8 until when
+            // it may take effect. `own` skips a row that somebody's transaction has locked: that is for a release, which isn't
+            // held up by it. Whoever sleeps by a lease that ends later than the new one has to look.
             hand_over: Prepared::new("hand over", &table, "$7", |here| {
                 format!(
-                    "WITH cur AS MATERIALIZED (
-    SELECT version, lease_id, lease_expire_time, waiters FROM {table}
-    WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
-), own AS MATERIALIZED (
-    SELECT version FROM {table}
+                    "WITH own AS MATERIALIZED (
+    SELECT version, lease_expire_time FROM {table}
     WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
-      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
+      AND lease_expire_time > clock_timestamp() AND {IS_IN_TIME} AND {here} AND {DURABLE}
     FOR UPDATE SKIP LOCKED
 ), moved AS (
     UPDATE {table} AS lock
     SET version = lock.version + 1, owner_id = $4, lease_id = $5, lock_begin_time = clock_timestamp(), lease_expire_time = {lease}
     WHERE lock_id = $1 AND version = (SELECT version FROM own)
     RETURNING version, lease_expire_time, waiters
+), shorter AS (
+    SELECT version, waiters FROM moved WHERE lease_expire_time < (SELECT lease_expire_time FROM own)
 )
-SELECT {here}, coalesce(moved.version, cur.version), coalesce(moved.lease_expire_time, cur.lease_expire_time),
-       clock_timestamp(), coalesce(moved.waiters, cur.waiters) IS NOT NULL, moved.version IS NULL
-FROM (VALUES (1)) AS one LEFT JOIN moved ON true LEFT JOIN cur ON cur.lease_id = $5",
+SELECT {here}, moved.version, moved.lease_expire_time, clock_timestamp(), moved.waiters IS NOT NULL, {IS_IN_TIME}, {told}
+FROM (VALUES (1)) AS one LEFT JOIN moved ON true",
                     lease = lease_from_now("$6"),
+                    told = tell("shorter", "0"),
                 )
             }),
-            // $1 lock, $2 waiter, $3 place. If the lock was just promised to it, the others have to know.
+            // $1 lock, $2 waiter, $3 place. If the lock is free, and promised to it, the next ones have to know.
             withdraw: Prepared::new("withdraw", &table, "$3", |here| {
                 format!(
-                    "WITH cur AS MATERIALIZED (
-    SELECT version, waiters FROM {table} WHERE lock_id = $1 AND {here} ORDER BY version DESC LIMIT 1
-), gone AS (
+                    "WITH gone AS (
     UPDATE {table} SET waiters = nullif(array_remove(waiters, $2), '{{}}')
-    WHERE lock_id = $1 AND version >= (SELECT version FROM cur) AND $2 = ANY (waiters) AND {NOT_DURABLE}
-    RETURNING waiters, released_at
+    WHERE lock_id = $1 AND version >= ({newest}) AND $2 = ANY (waiters) AND {here} AND {NOT_DURABLE}
+    RETURNING version, waiters, lease_expire_time, released_at
 ), free AS MATERIALIZED (
-    SELECT waiters FROM gone WHERE released_at IS NOT NULL
+    SELECT version, waiters FROM gone WHERE {is_free}
 )
-SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waiters) FROM cur), false), {told}",
-                    told = tell("free"),
+SELECT {here}, {told}",
+                    is_free = is_free(""),
+                    told = tell("free", "version"),
                 )
             }),
             fence: fence.clone(),
@@ -315,10 +374,10 @@ SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waite
 ), released AS (
     UPDATE {table} SET released_at = clock_timestamp()
     WHERE {own} AND EXISTS (SELECT FROM own) AND released_at IS NULL
-    RETURNING waiters, xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) txid_current() % 4294967296 AS is_whole
+    RETURNING version, waiters, xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) txid_current() % 4294967296 AS is_whole
 )
 SELECT (SELECT is_whole FROM released), {told}",
-                told = tell("released"),
+                told = tell("released", "version"),
             ),
             // The same parameters. Whether the transaction still releases the hold.
             is_unlocked_in: format!("SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL"),
@@ -424,9 +483,11 @@ fn quote(identifier: &str) -> String {
     format!("\"{}\"", identifier.replace('"', "\"\""))
 }
 
-/// The channel on which a waiting process listens. At most 63 bytes.
-pub(crate) fn channel(waiter: Uuid) -> String {
-    format!("{CHANNEL}{waiter}")
+/// Listens for what a waiting process is notified of. Who looks at the sessions of the server finds its id.
+pub(crate) fn listen(waiter: Uuid) -> String {
+    let id = waiter.to_string();
+    let digit = id.chars().last().unwrap_or_default();
+    format!("LISTEN \"{CHANNEL}{digit}\"; SELECT 'waiter {id}'")
 }
 
 /// A string literal as SQL, whatever `standard_conforming_strings` is.

@@ -6,24 +6,21 @@ use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
-use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation};
+use crate::answer::{Acquired, Busy, Claim, Fault, Found, Granted, LockInformation, Ticket};
 use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::follow_up::{FollowUps, Outcome, Unfinished};
+use crate::follow_up::{FollowUps, Outcome, Unfinished, UnknownClaim};
 use crate::hold::Hold;
-use crate::line::{Busy, Lines, Listening, Successor, Waiter};
+use crate::line::{Lines, Successor, Waiter};
 use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
 use crate::session::Session;
-use crate::sql::{COLUMNS, GRACE, Sql};
+use crate::sql::{COLUMNS, GRACE, STEP, Sql};
 use crate::sync::{Instant, thread};
 use crate::term::{Term, backoff};
 use crate::user_code::note;
-use crate::workers::{Urgency, Workers};
-
-/// How often to try to leave the line of a lock that changes hands at the same moment.
-const MAX_WITHDRAWALS: u32 = 3;
+use crate::workers::{Failed, MAX_TRIES, Urgency, Workers};
 
 /// How long a call waits for its answer at most, where its caller sets no limit; opening a connection comes on top.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
@@ -55,13 +52,6 @@ impl Drop for Inner {
     }
 }
 
-enum HandedOver {
-    Yes,
-    No,
-    /// An earlier try may yet come through.
-    Perhaps,
-}
-
 /// How a hold is given back.
 #[derive(Clone)]
 struct Release {
@@ -76,11 +66,13 @@ struct Release {
 /// What came of an attempt to take a lock.
 pub(crate) enum Attempt {
     Taken {
+        claim: Claim,
         granted: Granted,
         /// From a holder whose lease had run out.
         is_takeover: bool,
     },
-    Busy(Busy),
+    /// With what is known of it.
+    Busy(Option<Busy>),
 }
 
 impl PostgresStorage {
@@ -235,7 +227,8 @@ impl PostgresStorage {
         let sql = Arc::clone(&self.inner.sql);
         let deadline = Instant::now() + self.longest_call();
         let action = move || describe.clone();
-        self.inner.workers.call(Urgency::Ordinary, deadline, action, move |session| call(session, &sql), |_| ())
+        let call = move |session: &mut Session| call(session, &sql);
+        Ok(self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ())?)
     }
 
     fn prepare_table(&self, create: bool) -> Result<()> {
@@ -275,8 +268,13 @@ impl PostgresStorage {
     }
 
     /// Whether waiters hear of releases.
-    pub(crate) fn listening(&self) -> Listening {
-        self.inner.listener.listening()
+    pub(crate) fn is_listening(&self) -> bool {
+        self.inner.listener.is_listening()
+    }
+
+    /// A ticket for one that waits, for the version of which those before it have been notified.
+    pub(crate) fn ticket(&self, turn: Option<i64>) -> Ticket {
+        Ticket { waiter: self.inner.listener.waiter, turn }
     }
 
     /// Somebody waits for another process: listens for its release, if that is possible.
@@ -284,31 +282,59 @@ impl PostgresStorage {
         self.inner.listener.start(&self.inner.lines, self.inner.workers.connections());
     }
 
-    /// Tries to take the lock once, repeating after `misses` at most; one that waits keeps to the line of the processes. No claim
-    /// may be made twice: one whose outcome its caller can't know is released behind its back.
-    pub(crate) fn acquire(&self, claim: &Claim, waits: bool, misses: u32, deadline: Instant) -> Result<Attempt> {
-        let waiter = waits.then_some(self.inner.listener.waiter);
-        let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
-        let describe = claim.lock_id.clone();
-        let mut is_repetition = false;
-        let call = move |session: &mut Session| {
-            // The try before this one may yet come through. If this one finds its hold, it is ours; if not, it is a stray.
-            let may_be_followed_by_a_stray = std::mem::replace(&mut is_repetition, true);
-            let attempt = acquire_on(session, &sql, &owned, waiter, misses, deadline)?;
-            if may_be_followed_by_a_stray && matches!(attempt, Attempt::Busy(_)) {
-                storage.follow_up(Unfinished::new(owned.clone(), None, Instant::now()));
+    /// Tries to take the lock once, repeating after `misses` at most; with a ticket it keeps to the order of the row. Each claim is made
+    /// once: where nobody knows what came of one, it is released, the next try makes another one, and the first is followed up.
+    pub(crate) fn acquire(
+        &self,
+        new_claim: impl Fn() -> Claim,
+        ticket: Option<Ticket>,
+        misses: u32,
+        deadline: Instant,
+    ) -> Result<Attempt, Failed> {
+        let mut unknown: Vec<Claim> = Vec::new();
+        let mut tries = 1..=MAX_TRIES;
+        loop {
+            let claim = new_claim();
+            let is_last = tries.next().is_none_or(|tried| tried == MAX_TRIES);
+            let failed = match self.acquire_once(&claim, &unknown, ticket, misses, deadline) {
+                Err(failed) => failed,
+                attempt => return attempt,
+            };
+            if failed.is_unknown {
+                self.follow_up(Unfinished::acquire(claim.clone(), ticket.is_some(), Instant::now()));
+                unknown.push(claim);
             }
-            Ok(attempt)
+            if !failed.is_connection_fault || is_last || Instant::now() >= deadline {
+                return Err(failed);
+            }
+        }
+    }
+
+    /// Makes a claim, after it has released those before it.
+    fn acquire_once(
+        &self,
+        claim: &Claim,
+        unknown: &[Claim],
+        ticket: Option<Ticket>,
+        misses: u32,
+        deadline: Instant,
+    ) -> Result<Attempt, Failed> {
+        let (sql, owned, unknown) = (Arc::clone(&self.inner.sql), claim.clone(), unknown.to_vec());
+        let call = move |session: &mut Session| {
+            for before in &unknown {
+                session.release(&sql, before, None, None, false)?;
+            }
+            acquire_on(session, &sql, &owned, ticket, misses, deadline)
         };
-        let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
-        let unfinished = move |late: Option<(&mut Session, Attempt)>| match late {
-            Some((session, Attempt::Taken { granted, .. })) => storage.undo(session, &sql, owned, granted),
-            Some((_, Attempt::Busy(_))) if waits => storage.withdraw(&owned.lock_id),
-            Some((_, Attempt::Busy(_))) => {}
-            None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
+        let (storage, sql, lock_id) = (self.clone(), Arc::clone(&self.inner.sql), claim.lock_id.clone());
+        let late = move |session: &mut Session, attempt| match attempt {
+            Attempt::Taken { claim, granted, .. } => storage.undo(session, &sql, claim, granted),
+            Attempt::Busy(_) if ticket.is_some() => storage.follow_up(Unfinished::place(&lock_id, Instant::now())),
+            Attempt::Busy(_) => {}
         };
+        let describe = claim.lock_id.clone();
         let action = move || format!("acquire lock {describe:?}");
-        self.inner.workers.call(Urgency::Ordinary, deadline, action, call, unfinished)
+        self.inner.workers.call(Urgency::Ordinary, deadline, 1, action, call, late)
     }
 
     /// Sends a refresh. Its answer goes to the hold, also when it comes late.
@@ -338,7 +364,8 @@ impl PostgresStorage {
         let describe = hold.claim.lock_id.clone();
         let action = move || format!("look for lock {describe:?}");
         let call = move |session: &mut Session| session.refresh(&sql, &claim, version);
-        let found = self.inner.workers.call(Urgency::Urgent, Instant::now() + RELEASE_TIME, action, call, |_| ());
+        let deadline = Instant::now() + RELEASE_TIME;
+        let found = self.inner.workers.call(Urgency::Urgent, deadline, MAX_TRIES, action, call, |_, _| ());
         found.ok().map(|is_wanted| is_wanted.is_some())
     }
 
@@ -346,7 +373,7 @@ impl PostgresStorage {
     fn undo(&self, session: &mut Session, sql: &Sql, claim: Claim, granted: Granted) {
         note!(debug, "lock {:?} was taken too late, and is released", claim.lock_id);
         if session.release(sql, &claim, Some(granted.version), None, false).is_err() {
-            self.follow_up(Unfinished::new(claim, Some(granted.version), Instant::now()));
+            self.follow_up(Unfinished::hold(claim, granted.version, Instant::now()));
         }
     }
 
@@ -362,50 +389,49 @@ impl PostgresStorage {
         let mut failures = 0;
         if let Successor::Waiter(next) = &successor {
             match self.hand_over(hold, next, deadline) {
-                Ok(HandedOver::Yes) => return Ok(()),
-                Ok(HandedOver::No) => {}
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
                 // The release finds out.
-                Ok(HandedOver::Perhaps) | Err(_) => failures = 1,
+                Err(_) => failures = 1,
             }
         }
         let waits_again = matches!(successor, Successor::Waiter(_) | Successor::Others);
         let waiter = if matches!(successor, Successor::Unknown) { None } else { own };
         let result = self.give_back(hold, waiter, waits_again, failures, deadline);
-        // Those before us come first, unless they don't come. One that doesn't stand in line has to ask.
-        let before = result.as_ref().map_or(0, |told| if waits_again { told.saturating_sub(1) } else { 0 });
-        if self.lines().release_hold(hold, Instant::now() + GRACE * before, before > 0) {
-            self.withdraw(&hold.claim.lock_id);
+        // Those before us come first, unless they don't come. One that doesn't stand in the row has to ask.
+        let before = result.as_ref().map_or(0, |waiters| if waits_again { waiters.saturating_sub(1) } else { 0 });
+        let pause = if before > 0 { GRACE + STEP * (before - 1) } else { Duration::ZERO };
+        if self.lines().release_hold(hold, Instant::now() + pause, before > 0) {
+            self.follow_up(Unfinished::place(&hold.claim.lock_id, Instant::now()));
         } else if before > 0 {
             self.listen();
         }
         result.map(drop)
     }
 
-    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row.
-    fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<HandedOver> {
+    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row. Leaves half of the time for a release.
+    fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<bool> {
+        let now = Instant::now();
+        let half = now + deadline.saturating_duration_since(now) / 2;
         let claim = next.claim();
         let (sql, before, owned) = (Arc::clone(&self.inner.sql), Arc::clone(hold), claim.clone());
-        let mut is_repetition = false;
-        let call = move |session: &mut Session| {
-            let was_tried = std::mem::replace(&mut is_repetition, true);
-            let granted = session.hand_over(&sql, &before.claim, before.version, &owned)?;
-            Ok((granted.map(|granted| confirmed(session, &sql, &owned, granted)).transpose()?.flatten(), was_tried))
-        };
+        let call = move |session: &mut Session| session.hand_over(&sql, &before.claim, before.version, &owned);
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
-        let unfinished = move |late: Option<(&mut Session, (Option<Granted>, bool))>| match late {
-            Some((session, (Some(granted), _))) => storage.undo(session, &sql, owned, granted),
-            Some((_, (None, false))) => {}
-            // The try before may have locked the row, and come through yet.
-            Some((_, (None, true))) | None => storage.follow_up(Unfinished::new(owned, None, Instant::now())),
+        let late = move |session: &mut Session, granted: Option<Granted>| {
+            if let Some(granted) = granted {
+                storage.undo(session, &sql, owned, granted);
+            }
         };
         let describe = claim.lock_id.clone();
         let action = move || format!("hand over lock {describe:?}");
-        let granted = match self.inner.workers.call(Urgency::Urgent, deadline, action, call, unfinished)? {
-            (Some(granted), _) => granted,
-            (None, false) => return Ok(HandedOver::No),
-            (None, true) => {
-                self.follow_up(Unfinished::new(claim, None, Instant::now()));
-                return Ok(HandedOver::Perhaps);
+        let granted = match self.inner.workers.call(Urgency::Urgent, half, 1, action, call, late) {
+            Ok(Some(granted)) => granted,
+            Ok(None) => return Ok(false),
+            Err(failed) => {
+                if failed.is_unknown {
+                    self.follow_up(Unfinished::acquire(claim, false, Instant::now()));
+                }
+                return Err(failed.error);
             }
         };
         let handed = next.hold(claim, granted, Some(hold));
@@ -415,10 +441,10 @@ impl PostgresStorage {
                 note!(debug, "a hold that nobody took up: {}", error.chain());
             }
         }
-        Ok(HandedOver::Yes)
+        Ok(true)
     }
 
-    /// Releases a hold that was tried to be ended `failures` times before, and says how many waiting processes were told.
+    /// Releases a hold that was tried to be ended `failures` times before, and says how many processes wait.
     fn give_back(
         &self,
         hold: &Hold,
@@ -430,7 +456,7 @@ impl PostgresStorage {
         let release = Release { claim: hold.claim.clone(), version: Some(hold.version), waiter, waits_again };
         loop {
             match self.run_release(Urgency::Urgent, deadline, &release) {
-                Ok((Some(told), _)) => return Ok(told),
+                Ok((Some(waiters), _)) => return Ok(waiters),
                 // The answer to an earlier try was lost, and the hold has gone since, while nobody but ourselves could
                 // end it: it was that try.
                 Ok((None, is_repetition)) if (is_repetition || failures > 0) && hold.is_held() => return Ok(0),
@@ -439,7 +465,7 @@ impl PostgresStorage {
                     failures += 1;
                     let pause = backoff(failures);
                     if !error.is_transient() || Instant::now() + pause >= deadline {
-                        self.follow_up(Unfinished::new(hold.claim.clone(), Some(hold.version), Instant::now()));
+                        self.follow_up(Unfinished::hold(hold.claim.clone(), hold.version, Instant::now()));
                         return Err(error);
                     }
                     thread::sleep(pause);
@@ -448,7 +474,7 @@ impl PostgresStorage {
         }
     }
 
-    /// How many were told, if there was something to release, and whether it took more than one try.
+    /// How many wait, if there was something to release, and whether it took more than one try.
     fn run_release(&self, urgency: Urgency, deadline: Instant, release: &Release) -> Result<(Option<u32>, bool)> {
         let (sql, release) = (Arc::clone(&self.inner.sql), release.clone());
         let describe = release.claim.lock_id.clone();
@@ -458,29 +484,27 @@ impl PostgresStorage {
             let Release { claim, version, waiter, waits_again } = &release;
             Ok((session.release(&sql, claim, *version, *waiter, *waits_again)?, was_tried))
         };
-        self.inner.workers.call(urgency, deadline, move || format!("release lock {describe:?}"), call, |_| ())
+        let action = move || format!("release lock {describe:?}");
+        Ok(self.inner.workers.call(urgency, deadline, MAX_TRIES, action, call, |_, _| ())?)
     }
 
-    /// Takes this process out of the line of a lock, in the background.
-    pub(crate) fn withdraw(&self, lock_id: &str) {
-        let (sql, lines) = (Arc::clone(&self.inner.sql), Arc::clone(&self.inner.lines));
-        let (waiter, described, lock_id) = (self.inner.listener.waiter, lock_id.to_owned(), lock_id.to_owned());
-        let withdrawn = lock_id.clone();
-        self.inner.workers.send(
-            Urgency::Ordinary,
-            Instant::now() + ANSWER_TIME,
-            move || format!("leave the line of lock {described:?}"),
-            || true,
-            move |session| {
-                let mut tries = 0..MAX_WITHDRAWALS;
-                while tries.next().is_some() && !session.withdraw(&sql, &lock_id, waiter)? {}
-                Ok(())
-            },
-            move |_| lines.withdrawn(&withdrawn),
-        );
+    /// Takes this process out of the row of a lock, unless somebody of it waits for it again.
+    fn withdraw(&self, lock_id: &str) -> Result<()> {
+        if self.lines().takes_place_over(lock_id) {
+            return Ok(());
+        }
+        let (sql, waiter) = (Arc::clone(&self.inner.sql), self.inner.listener.waiter);
+        let (described, owned) = (lock_id.to_owned(), lock_id.to_owned());
+        let action = move || format!("leave the row of lock {described:?}");
+        let call = move |session: &mut Session| session.withdraw(&sql, &owned, waiter);
+        let deadline = Instant::now() + ANSWER_TIME;
+        let result = self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ());
+        // Somebody may have come meanwhile.
+        self.lines().withdrawn(lock_id);
+        Ok(result?)
     }
 
-    /// Releases in the background what may be left of a claim.
+    /// Undoes in the background what may be left.
     pub(crate) fn follow_up(&self, unfinished: Unfinished) {
         if !self.inner.follow_ups.add(unfinished) {
             return;
@@ -489,12 +513,14 @@ impl PostgresStorage {
         let run = move || {
             storage.inner.follow_ups.run(|unfinished| {
                 let deadline = Instant::now() + RELEASE_TIME;
-                // Others of this process may wait: it stays in the line.
-                let Unfinished { claim, version, .. } = unfinished.clone();
-                let release = Release { claim, version, waiter: None, waits_again: false };
-                match storage.run_release(Urgency::Ordinary, deadline, &release) {
-                    Ok((Some(_), _)) => Outcome::Released,
-                    Ok((None, _)) => Outcome::NotThere,
+                let left = if unfinished.may_wait { storage.withdraw(&unfinished.lock_id) } else { Ok(()) };
+                let released = unfinished.claim.clone().map_or(Ok(None), |UnknownClaim { claim, version }| {
+                    let release = Release { claim, version, waiter: None, waits_again: false };
+                    storage.run_release(Urgency::Ordinary, deadline, &release).map(|(waiters, _)| waiters)
+                });
+                match left.and(released) {
+                    Ok(Some(_)) => Outcome::Released,
+                    Ok(None) => Outcome::NotThere,
                     Err(error) if error.is_transient() => Outcome::Failed,
                     Err(_) => Outcome::Hopeless,
                 }
@@ -512,52 +538,41 @@ fn acquire_on(
     session: &mut Session,
     sql: &Sql,
     claim: &Claim,
-    waiter: Option<Uuid>,
+    ticket: Option<Ticket>,
     misses: u32,
     deadline: Instant,
 ) -> Result<Attempt, Fault> {
     let mut missed = 0;
     loop {
-        let outcome = match session.acquire(sql, claim, waiter)? {
+        let outcome = match session.acquire(sql, claim, ticket)? {
             Acquired::Absent => session.create(sql, claim)?,
-            Acquired::Taken { granted, taken_over_from } => confirmed(session, sql, claim, granted)?
-                .map_or(Acquired::Missed, |granted| Acquired::Taken { granted, taken_over_from }),
             outcome => outcome,
         };
         match outcome {
             Acquired::Taken { granted, taken_over_from } => {
                 let is_takeover = taken_over_from.is_some();
                 if let Some(before) = taken_over_from {
-                    let lock_id = &claim.lock_id;
-                    note!(info, "lock {lock_id:?} was taken over from {before:?}, whose lease had run out");
+                    note!(info, "lock {:?} was taken over from {before:?}, whose lease had run out", claim.lock_id);
                 }
                 if Term::new(granted.sent, granted.left, claim.lease).is_held(Instant::now()) {
-                    return Ok(Attempt::Taken { granted, is_takeover });
+                    return Ok(Attempt::Taken { claim: claim.clone(), granted, is_takeover });
                 }
                 // The answer took longer than the lease: nothing to trust.
                 session.release(sql, claim, Some(granted.version), None, false)?;
-                return Ok(Attempt::Busy(Busy::default()));
+                return Ok(Attempt::Busy(None));
             }
-            Acquired::Busy { version, owner_id, left, is_promised, is_queued } => {
-                let lock_id = &claim.lock_id;
-                let whose = if is_promised { "promised to a waiting process after" } else { "held by" };
+            Acquired::Busy { busy, owner_id } => {
+                let whose = if busy.is_free { "promised to a waiting process after" } else { "held by" };
+                let (lock_id, Busy { version, left, .. }) = (&claim.lock_id, busy);
                 note!(debug, "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}");
-                return Ok(Attempt::Busy(Busy { version: Some(version), left: Some(left), is_queued }));
+                return Ok(Attempt::Busy(Some(busy)));
             }
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
-            Acquired::Missed | Acquired::Absent | Acquired::Locked => return Ok(Attempt::Busy(Busy::default())),
+            Acquired::Missed | Acquired::Absent | Acquired::Locked | Acquired::TooLate => {
+                return Ok(Attempt::Busy(None));
+            }
         }
     }
-}
-
-/// What was granted, refreshed if it was only recognised; none if it has gone since.
-fn confirmed(session: &mut Session, sql: &Sql, claim: &Claim, granted: Granted) -> Result<Option<Granted>, Fault> {
-    if !granted.is_recognised {
-        return Ok(Some(granted));
-    }
-    let sent = Instant::now();
-    let is_wanted = session.refresh(sql, claim, granted.version)?;
-    Ok(is_wanted.map(|is_wanted| Granted { sent, left: claim.lease, is_wanted, is_recognised: false, ..granted }))
 }
 
 impl fmt::Debug for PostgresStorage {

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::answer::{AcquireRow, Claim};
-use crate::sql::GRACE;
+use crate::answer::{AcquireRow, Claim, Ticket};
+use crate::sql::{GRACE, LONGEST_STEPS, MAX_WAITERS, STEP};
 use crate::sync::Instant;
+
+/// Whom a statement notifies, when to look, and in which version the lock may be taken then, or 0.
+pub(crate) type Notified = (Uuid, Duration, i64);
 
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
@@ -40,10 +43,39 @@ impl Row {
         self.lease_id == claim.lease_id && self.released_at.is_none() && self.lease_end > now
     }
 
-    fn is_free(&self, waiter: Option<Uuid>, now: Instant) -> bool {
-        let is_for = |first: &Uuid| waiter.is_none_or(|waiter| waiter == *first);
-        self.lease_end <= now
-            || self.released_at.is_some_and(|at| self.waiters.first().is_none_or(is_for) || at + GRACE <= now)
+    /// Since when it is free, if it is.
+    fn free_since(&self, now: Instant) -> Option<Instant> {
+        let since = self.released_at.map_or(self.lease_end, |at| at.min(self.lease_end));
+        (self.released_at.is_some() || self.lease_end <= now).then_some(since)
+    }
+
+    /// Whether it is promised to nobody any more.
+    fn is_lapsed(&self, now: Instant) -> bool {
+        self.free_since(now).is_some_and(|since| since + GRACE <= now || since > now)
+    }
+
+    fn may_take(&self, ticket: Option<Ticket>, now: Instant) -> bool {
+        let is_for = |ticket: Ticket| {
+            self.waiters.first().is_none_or(|first| *first == ticket.waiter)
+                || ticket.turn == Some(self.version) && self.is_lapsed(now)
+        };
+        self.free_since(now).is_some() && ticket.is_none_or(is_for)
+    }
+
+    fn place_of(&self, waiter: Uuid) -> Option<usize> {
+        self.waiters.iter().position(|other| *other == waiter)
+    }
+
+    /// The first two, and the last.
+    fn told(&self, turn: i64) -> Vec<Notified> {
+        let last = self.waiters.len().saturating_sub(1);
+        let told = self.waiters.iter().enumerate().filter(|(place, _)| *place < 2 || *place == last);
+        told.map(|(place, waiter)| match place {
+            0 => (*waiter, Duration::ZERO, turn),
+            1 => (*waiter, GRACE, turn),
+            _ => (*waiter, GRACE + LONGEST_STEPS, 0),
+        })
+        .collect()
     }
 
     fn begin_hold(&mut self, claim: &Claim, now: Instant) {
@@ -54,39 +86,56 @@ impl Row {
         self.released_at = None;
     }
 
-    pub(crate) fn acquire(&mut self, claim: &Claim, waiter: Option<Uuid>, now: Instant) -> AcquireRow {
-        let cur = self.clone();
-        let is_mine = cur.lease_id == claim.lease_id;
-        let place = waiter.and_then(|waiter| cur.waiters.iter().position(|other| *other == waiter));
-        let is_taken = !is_mine && cur.is_free(waiter, now);
-        let mut is_queued = false;
-        if is_taken {
-            if cur.released_at.is_some() {
-                // Whoever stood before it was told, and didn't come.
-                self.waiters = cur.waiters.iter().skip(place.unwrap_or(0) + 1).copied().collect();
-            }
-            self.waiters.retain(|other| Some(*other) != waiter);
+    /// The answer, and who is notified.
+    pub(crate) fn acquire(
+        &mut self,
+        claim: &Claim,
+        ticket: Option<Ticket>,
+        now: Instant,
+    ) -> (AcquireRow, Vec<Notified>) {
+        let before = self.clone();
+        let waiter = ticket.map(|ticket| ticket.waiter);
+        let taken = self.may_take(ticket, now);
+        if taken {
+            let sent_away = match waiter {
+                Some(waiter) => self.place_of(waiter).map_or(self.waiters.len(), |place| place + 1),
+                None => usize::from(self.is_lapsed(now)),
+            };
+            self.waiters = self.waiters.iter().skip(sent_away).copied().collect();
             self.begin_hold(claim, now);
-        } else if !is_mine && place.is_none() {
-            self.waiters.extend(waiter);
-            is_queued = waiter.is_some();
+        } else if let Some(waiter) = waiter.filter(|waiter| self.place_of(*waiter).is_none())
+            && self.waiters.len() < MAX_WAITERS as usize
+        {
+            self.waiters.push(waiter);
         }
-        let end = match cur.released_at {
-            _ if is_taken => self.lease_end,
-            None => cur.lease_end,
-            Some(at) => cur.lease_end.min(at + GRACE),
+        let seen = if taken { &before } else { &*self };
+        let place = waiter.and_then(|waiter| seen.place_of(waiter));
+        let mut notified = Vec::new();
+        if !taken && ticket.is_some() && seen.is_lapsed(now) {
+            let earlier = (0_u32..).zip(seen.waiters.iter().take(place.unwrap_or(seen.waiters.len())));
+            notified.extend(earlier.map(|(place, waiter)| (*waiter, (STEP * place).min(LONGEST_STEPS), seen.version)));
+        }
+        let free_since = seen.free_since(now);
+        let end = match free_since {
+            _ if taken => self.lease_end,
+            Some(since) => since + GRACE,
+            None => seen.lease_end,
         };
-        let stands = place.is_some_and(|place| cur.released_at.is_none() || place > 0);
-        AcquireRow {
-            taken: is_taken.then_some(self.version),
-            newest: cur.version,
-            owner_id: cur.owner_id,
-            is_mine,
-            is_released: cur.released_at.is_some(),
+        let row = AcquireRow {
+            taken: taken.then_some(self.version),
             left: end.saturating_duration_since(now),
-            is_wanted: is_taken && !self.waiters.is_empty(),
-            is_queued: waiter.map(|_| is_queued || stands),
-        }
+            is_wanted: taken && !self.waiters.is_empty(),
+            version: seen.version,
+            owner_id: seen.owner_id.clone(),
+            is_released: seen.released_at.is_some(),
+            is_free: free_since.is_some(),
+            may_take: seen.may_take(ticket, now),
+            has_notified: !taken && ticket.is_some() && seen.is_lapsed(now),
+            waits: ticket.is_some(),
+            place: place.map(|place| place as u32 + 1),
+            waiters: seen.waiters.len() as u32,
+        };
+        (row, notified)
     }
 
     /// Whether others wait; none if the hold is not there any more.
@@ -98,7 +147,7 @@ impl Row {
         Some(!self.waiters.is_empty())
     }
 
-    /// Who is told, in the order of their places; none if there was nothing to release.
+    /// How many wait, and who is notified; none if there was nothing to release.
     pub(crate) fn release(
         &mut self,
         claim: &Claim,
@@ -106,7 +155,7 @@ impl Row {
         waiter: Option<Uuid>,
         waits_again: bool,
         now: Instant,
-    ) -> Option<Vec<Uuid>> {
+    ) -> Option<(u32, Vec<Notified>)> {
         if version.is_some_and(|version| version != self.version) || self.lease_id != claim.lease_id {
             return None;
         }
@@ -116,24 +165,31 @@ impl Row {
         if is_awaited && waits_again {
             self.waiters.extend(waiter);
         }
-        Some(self.waiters.clone())
+        Some((self.waiters.len() as u32, self.told(self.version)))
     }
 
-    /// The next claim's hold, also if this was asked before; none if there was none to hand over.
-    pub(crate) fn hand_over(&mut self, claim: &Claim, version: i64, next: &Claim, now: Instant) -> Option<Given> {
-        if self.version == version && self.is_held_by(claim, now) {
-            self.begin_hold(next, now);
-        } else if self.lease_id != next.lease_id {
+    /// The next claim's hold, and who is notified; none if there was none to hand over.
+    pub(crate) fn hand_over(
+        &mut self,
+        claim: &Claim,
+        version: i64,
+        next: &Claim,
+        now: Instant,
+    ) -> Option<(Given, Vec<Notified>)> {
+        if self.version != version || !self.is_held_by(claim, now) {
             return None;
         }
-        Some((self.version, self.lease_end.saturating_duration_since(now), !self.waiters.is_empty()))
+        let end = self.lease_end;
+        self.begin_hold(next, now);
+        let given = (self.version, self.lease_end.saturating_duration_since(now), !self.waiters.is_empty());
+        Some((given, if self.lease_end < end { self.told(0) } else { Vec::new() }))
     }
 
-    /// Who is told.
-    pub(crate) fn withdraw(&mut self, waiter: Uuid) -> Vec<Uuid> {
+    /// Who is notified.
+    pub(crate) fn withdraw(&mut self, waiter: Uuid, now: Instant) -> Vec<Notified> {
         let before = self.waiters.len();
         self.waiters.retain(|other| *other != waiter);
-        let is_news = self.waiters.len() < before && self.released_at.is_some();
-        if is_news { self.waiters.clone() } else { Vec::new() }
+        let is_news = self.waiters.len() < before && self.free_since(now).is_some();
+        if is_news { self.told(self.version) } else { Vec::new() }
     }
 }

@@ -6,10 +6,8 @@ use crate::sync::{Instant, random};
 
 /// What an attempt that is under way when the caller's time is over may still take.
 pub(crate) const SLACK: Duration = Duration::from_millis(500);
-/// Long enough to begin to listen meanwhile.
-pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// The same for one that can't listen: a lock is promised to it for not much longer.
-pub(crate) const FIRST_PAUSE_OF_THE_DEAF: Duration = Duration::from_millis(16);
+/// Short, because a free lock is promised to a waiter that can't listen for not much longer.
+const FIRST_PAUSE: Duration = Duration::from_millis(16);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// As good as for ever, and an instant that any clock can show.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -56,15 +54,15 @@ impl Patience {
 }
 
 /// How long to pause after the `rounds`-th answer (from 0) that the lock is busy with `left` on its lease: a time that grows
-/// from `first`, with jitter, so that waiters don't ask all at once, but not beyond the end of the lease.
-pub(crate) fn pause(first: Duration, rounds: u32, left: Option<Duration>) -> Duration {
-    let full = first.saturating_mul(1 << rounds.min(8)).min(LONGEST_PAUSE);
+/// to a second, with jitter, so that waiters don't ask all at once, but not beyond the end of the lease.
+pub(crate) fn pause(rounds: u32, left: Option<Duration>) -> Duration {
+    let full = FIRST_PAUSE.saturating_mul(1 << rounds.min(8)).min(LONGEST_PAUSE);
     let pause = full / 2 + (full / 2).mul_f64(random_fraction());
     left.map_or(pause, |left| pause.min(left))
 }
 
 /// Between 0 and 1.
-fn random_fraction() -> f64 {
+pub(crate) fn random_fraction() -> f64 {
     f64::from(random()) / f64::from(u32::MAX)
 }
 
@@ -111,8 +109,8 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_a_second_with_jitter() {
-        for (rounds, full) in [(0, 100), (1, 200), (3, 800), (4, 1_000), (u32::MAX, 1_000)] {
-            let pauses: Vec<_> = (0..100).map(|_| pause(FIRST_PAUSE, rounds, None)).collect();
+        for (rounds, full) in [(0, 16), (1, 32), (3, 128), (6, 1_000), (u32::MAX, 1_000)] {
+            let pauses: Vec<_> = (0..100).map(|_| pause(rounds, None)).collect();
             assert!(pauses.iter().all(|pause| (full / 2 * MS..=full * MS).contains(pause)), "{rounds}: {pauses:?}");
             assert!(pauses.iter().any(|pause| *pause != pauses[0]), "no jitter");
         }
@@ -120,7 +118,7 @@ mod tests {
 
     #[test]
     fn a_pause_ends_with_the_lease() {
-        assert_eq!(pause(FIRST_PAUSE, 9, Some(7 * MS)), 7 * MS);
+        assert_eq!(pause(9, Some(7 * MS)), 7 * MS);
     }
 
     fn any_duration() -> impl Strategy<Value = Duration> {
@@ -146,11 +144,10 @@ mod tests {
         }
 
         #[test]
-        fn a_pause_is_within_its_bounds(first in any_duration(), rounds: u32, left in proptest::option::of(any_duration())) {
-            let pause = pause(first, rounds, left);
+        fn a_pause_is_within_its_bounds(rounds: u32, left in proptest::option::of(any_duration())) {
+            let pause = pause(rounds, left);
             prop_assert!(pause <= LONGEST_PAUSE && left.is_none_or(|left| pause <= left));
-            let half = first.min(LONGEST_PAUSE) / 2;
-            prop_assert!(pause >= half || Some(pause) == left, "{:?} of {:?}", pause, first);
+            prop_assert!(pause >= FIRST_PAUSE / 2 || Some(pause) == left, "{:?}", pause);
         }
     }
 }

@@ -27,7 +27,9 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 /// How often a call that takes long looks whether a worker is stuck.
 const LOOK: Duration = Duration::from_millis(250);
 /// How often a call is made in all when its connections break.
-const MAX_TRIES: u32 = 3;
+pub(crate) const MAX_TRIES: u32 = 3;
+/// What a call that was never started had waited for.
+const NO_CONNECTION: &str = "a connection to be free (max_connections) or opened";
 /// Enough for the client, the logger and TLS; only what is touched counts.
 const STACK_BYTES: usize = 512 * 1024;
 
@@ -91,6 +93,30 @@ impl Running {
     }
 }
 
+/// A call that has no result.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) error: Error,
+    /// What was asked may have happened, or may yet happen.
+    pub(crate) is_unknown: bool,
+    /// The same on another connection may work.
+    pub(crate) is_connection_fault: bool,
+}
+
+#[cfg(test)]
+impl Failed {
+    /// Nothing was asked.
+    pub(crate) fn with(error: Error) -> Failed {
+        Failed { error, is_unknown: false, is_connection_fault: false }
+    }
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Error {
+        failed.error
+    }
+}
+
 impl State {
     /// The workers that aren't stuck.
     fn live(&self, now: Instant) -> usize {
@@ -136,25 +162,26 @@ impl Workers {
 
     /// Makes a call and waits for its result until `deadline`.
     ///
-    /// `call` may run more than once, on different connections. `unfinished` hears on the worker's thread of a value that
-    /// came too late for the caller, with the session that it came from, and, with nothing, of a call that failed although
-    /// what it asked for may have happened.
+    /// `call` runs up to `tries` times, each on another connection. `late` hears on the worker's thread of a value that
+    /// came too late for the caller, with the session that it came from. A caller that gives up knows whether its call had
+    /// been started.
     pub(crate) fn call<T: Send + 'static>(
         &self,
         urgency: Urgency,
         deadline: Instant,
+        most_tries: u32,
         action: impl Fn() -> String + Clone + Send + 'static,
         mut call: impl FnMut(&mut Session) -> Result<T, Fault> + Send + 'static,
-        unfinished: impl FnOnce(Option<(&mut Session, T)>) + Send + 'static,
-    ) -> Result<T> {
+        late: impl FnOnce(&mut Session, T) + Send + 'static,
+    ) -> Result<T, Failed> {
         let started = Instant::now();
         let slot = Slot::new();
-        let mut caller = Some((Reply(Arc::clone(&slot)), unfinished));
+        let mut caller = Some((Reply(Arc::clone(&slot)), late));
         let (mut tries, mut is_unknown, describe) = (0, false, action.clone());
         let step = move |session: Result<&mut Session>, place: &Place<'_>| {
             let Some((reply, _)) = &caller else { return Next::Done };
             let result = match session {
-                Err(error) => Err(error),
+                Err(error) => Err(Failed { error, is_unknown, is_connection_fault: false }),
                 Ok(_) if !reply.start() && tries == 0 => return Next::Done,
                 Ok(session) => {
                     tries += 1;
@@ -162,31 +189,27 @@ impl Workers {
                         Ok(value) => Ok((session, value)),
                         Err(fault) => {
                             is_unknown |= fault.is_outcome_unknown();
-                            if fault.is_connection_fault() {
+                            let is_connection_fault = fault.is_connection_fault();
+                            if is_connection_fault {
                                 session.mark_broken(&fault);
-                                if tries < MAX_TRIES && reply.is_wanted() {
+                                if tries < most_tries && reply.is_wanted() {
                                     return Next::TryAgain;
                                 }
                             }
-                            Err(fault.into_error(&describe))
+                            Err(Failed { error: fault.into_error(&describe), is_unknown, is_connection_fault })
                         }
                     }
                 }
             };
-            if let Some((reply, unfinished)) = caller.take() {
+            if let Some((reply, late)) = caller.take() {
                 match result {
                     Ok((session, value)) => {
                         if let Err(Ok(value)) = reply.send(Ok(value), place) {
-                            unfinished(Some((session, value)));
+                            late(session, value);
                         }
                     }
-                    Err(error) => {
-                        // Nobody is interested in why nothing came too late.
-                        drop(reply.send(Err(error), place));
-                        if is_unknown {
-                            unfinished(None);
-                        }
-                    }
+                    // Nobody is interested in why nothing came too late.
+                    Err(failed) => drop(reply.send(Err(failed), place)),
                 }
             }
             Next::Done
@@ -196,9 +219,11 @@ impl Workers {
             let look = Instant::now() + LOOK;
             match slot.wait(deadline.min(look), look < deadline) {
                 Ok(answer) => return answer,
-                Err(waiting_for) if deadline <= look => {
+                Err(has_started) if deadline <= look => {
                     self.remove_expired();
-                    return Err(Error::Timeout { action: action(), waiting_for, after: started.elapsed() });
+                    let waiting_for = if has_started { "an answer" } else { NO_CONNECTION };
+                    let error = Error::Timeout { action: action(), waiting_for, after: started.elapsed() };
+                    return Err(Failed { error, is_unknown: has_started, is_connection_fault: false });
                 }
                 // A worker may have got stuck, and this call waits behind it.
                 Err(_) => self.add_workers(),
@@ -426,7 +451,7 @@ struct Slot<T> {
 }
 
 struct SlotState<T> {
-    answer: Option<Result<T>>,
+    answer: Option<Result<T, Failed>>,
     /// The call has a connection.
     has_started: bool,
     /// The caller has gone.
@@ -439,8 +464,8 @@ impl<T> Slot<T> {
         Arc::new(Slot { state: Mutex::new(state), answered: Condvar::new() })
     }
 
-    /// The answer, or what had not come until then.
-    fn wait(&self, until: Instant, comes_back: bool) -> Result<Result<T>, &'static str> {
+    /// The answer; or, if it hasn't come until then, whether the call has been started.
+    fn wait(&self, until: Instant, comes_back: bool) -> Result<Result<T, Failed>, bool> {
         let mut state = lock(&self.state);
         loop {
             if let Some(answer) = state.answer.take() {
@@ -449,11 +474,7 @@ impl<T> Slot<T> {
             if Instant::now() >= until {
                 // From here on the worker knows, under the same mutex, that its answer is too late.
                 state.is_abandoned = !comes_back;
-                return Err(if state.has_started {
-                    "an answer"
-                } else {
-                    "a connection to be free (max_connections) or opened"
-                });
+                return Err(state.has_started);
             }
             state = wait_until(&self.answered, state, until);
         }
@@ -477,7 +498,7 @@ impl<T> Reply<T> {
     }
 
     /// Answers, and frees the worker's place; or gives the result back if nobody waits for it any more.
-    fn send(&self, result: Result<T>, place: &Place<'_>) -> Result<(), Result<T>> {
+    fn send(&self, result: Result<T, Failed>, place: &Place<'_>) -> Result<(), Result<T, Failed>> {
         let mut state = lock(&self.0.state);
         if state.is_abandoned {
             return Err(result);
@@ -494,7 +515,8 @@ impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
         let mut state = lock(&self.0.state);
         if thread::panicking() && state.answer.is_none() && !state.is_abandoned {
-            state.answer = Some(Err(Error::Thread { source: std::io::Error::other("the worker thread panicked") }));
+            let error = Error::Thread { source: std::io::Error::other("the worker thread panicked") };
+            state.answer = Some(Err(Failed { error, is_unknown: state.has_started, is_connection_fault: false }));
             self.0.answered.notify_one();
         }
     }

@@ -11,25 +11,40 @@ const LEASE: Duration = Duration::from_secs(10);
 
 fn rows() -> impl Strategy<Value = AcquireRow> {
     let left = prop_oneof![Just(Duration::ZERO), (1..100_000_000_u64).prop_map(Duration::from_micros)];
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<Option<bool>>());
-    (any::<Option<i64>>(), any::<i64>(), left, flags).prop_map(|(taken, newest, left, flags)| {
-        let (is_mine, is_released, is_wanted, is_queued) = flags;
-        AcquireRow { taken, newest, owner_id: "before".to_owned(), is_mine, is_released, left, is_wanted, is_queued }
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let place = (proptest::option::of(1..2_000_u32), 0..2_000_u32);
+    (any::<Option<i64>>(), any::<i64>(), left, flags, place).prop_map(|(taken, version, left, flags, places)| {
+        let (is_free, may_take, is_wanted, has_notified, waits) = flags;
+        let ((place, waiters), is_released) = (places, is_free && is_wanted);
+        let owner_id = "before".to_owned();
+        AcquireRow {
+            taken,
+            left,
+            is_wanted,
+            version,
+            owner_id,
+            is_released,
+            is_free,
+            may_take,
+            has_notified,
+            waits,
+            place,
+            waiters,
+        }
     })
 }
 
 /// What a process does, or what befalls it. A number names one of those that take part.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Step {
-    /// With a new lease, standing in line or not.
+    /// Standing in the row or not.
     Acquire {
         who: usize,
         waits: bool,
     },
-    /// The answer was lost: the same statement again.
-    Repeat {
+    /// Standing in the row, with what the answer before said of those before it.
+    TakeTurn {
         who: usize,
-        waits: bool,
     },
     Refresh {
         who: usize,
@@ -52,7 +67,7 @@ pub(crate) fn steps() -> impl Strategy<Value = Vec<Step>> {
     let times = prop_oneof![Just(0_u64), Just(1), 50..200_u64, 5_000..11_000_u64];
     let step = (0..7, 0..3_usize, any::<bool>(), times).prop_map(|(kind, who, flag, time)| match kind {
         0 => Step::Acquire { who, waits: flag },
-        1 => Step::Repeat { who, waits: flag },
+        1 => Step::TakeTurn { who },
         2 => Step::Refresh { who },
         3 => Step::Release { who, waits_again: flag },
         4 => Step::HandOver { who },
@@ -64,7 +79,7 @@ pub(crate) fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 struct Process {
     waiter: Uuid,
-    claim: Claim,
+    turn: Option<i64>,
     /// What it believes to hold.
     hold: Option<(Claim, i64, Term)>,
 }
@@ -76,23 +91,40 @@ pub(crate) fn new_claim() -> Claim {
 
 proptest! {
     #[test]
-    fn nothing_is_taken_by_an_answer_that_leaves_no_time_or_speaks_of_another(row in rows()) {
+    fn nothing_is_taken_by_an_answer_that_speaks_of_another(row in rows()) {
         let sent = Instant::now();
         match row.clone().meaning(sent) {
             Acquired::Taken { granted, taken_over_from } => {
-                prop_assert!(!granted.left.is_zero() && granted.left == row.left && granted.sent == sent);
-                prop_assert!(row.taken.is_some() || row.is_mine && !row.is_released, "somebody else's");
-                prop_assert_eq!(granted.version, row.taken.unwrap_or(row.newest));
-                prop_assert!(taken_over_from.is_none() || row.taken.is_some() && !row.is_released);
+                prop_assert!(granted.left == row.left && granted.sent == sent);
+                prop_assert_eq!(Some(granted.version), row.taken);
+                prop_assert_eq!(taken_over_from.is_none(), row.is_released);
             }
-            Acquired::Busy { version, left, is_promised, is_queued, .. } => {
-                prop_assert!(row.taken.is_none() && !left.is_zero());
-                prop_assert_eq!((version, is_promised, is_queued), (row.newest, row.is_released, row.is_queued == Some(true)));
-                // Who waits for it isn't left to itself by mistake.
-                prop_assert!(row.is_queued != Some(false), "it could have stood in line, and doesn't");
+            Acquired::Busy { busy, .. } => {
+                prop_assert!(row.taken.is_none() && !row.may_take);
+                prop_assert_eq!((busy.version, busy.is_free, busy.place), (row.version, row.is_free, row.place));
+                // A waiter isn't left to itself where there is room in the row.
+                prop_assert!(!row.waits || row.place.is_some() || row.waiters >= MAX_WAITERS);
             }
-            Acquired::Missed => prop_assert!(row.left.is_zero() || row.taken.is_none()),
-            Acquired::Locked | Acquired::Absent => prop_assert!(false, "a row says neither"),
+            Acquired::Missed => prop_assert!(row.taken.is_none()),
+            answer => prop_assert!(false, "a row doesn't say {:?}", answer),
+        }
+    }
+
+    #[test]
+    fn a_waiter_never_sleeps_for_long_and_never_longer_than_what_it_waits_for(
+        row in rows(), fraction in 0.75..=1.0_f64,
+    ) {
+        let Acquired::Busy { busy, .. } = row.meaning(Instant::now()) else { return Ok(()) };
+        let sleep = busy.sleep(fraction);
+        prop_assert!(sleep <= longest_sleep(busy.waiters));
+        prop_assert!(busy.waiters > 50 || sleep <= Duration::from_secs(5));
+        let before = busy.place.map_or(busy.waiters, |place| place - 1);
+        if busy.is_free {
+            prop_assert!(sleep <= GRACE + LONGEST_STEPS, "a free lock is slept by for {:?}", sleep);
+            prop_assert_eq!(busy.turn(), busy.has_notified.then_some(busy.version));
+        } else {
+            prop_assert!(before > 0 || sleep <= busy.left);
+            prop_assert!(busy.turn().is_none());
         }
     }
 
@@ -101,34 +133,42 @@ proptest! {
     #[test]
     fn who_took_the_lock_by_an_answer_holds_it_in_the_row(steps in steps()) {
         let mut now = Instant::now();
-        let mut processes = [0, 1, 2].map(|_| Process { waiter: Uuid::new_v4(), claim: new_claim(), hold: None });
-        let first = processes[0].claim.clone();
+        let mut processes = [0, 1, 2].map(|_| Process { waiter: Uuid::new_v4(), turn: None, hold: None });
+        let first = new_claim();
         let mut row = Row::create(&first, now);
         processes[0].hold = Some((first, 1, Term::new(now, LEASE, LEASE)));
         let mut newest = 1;
         for step in steps {
             match step {
-                Step::Acquire { who, waits } | Step::Repeat { who, waits } => {
+                Step::Acquire { .. } | Step::TakeTurn { .. } => {
+                    let (who, waits, turn) = match step {
+                        Step::TakeTurn { who } => (who, true, processes[who].turn),
+                        Step::Acquire { who, waits } => (who, waits, None),
+                        _ => unreachable!("another step"),
+                    };
                     let process = &mut processes[who];
-                    if matches!(step, Step::Acquire { .. }) {
-                        process.claim = new_claim();
-                    }
-                    let had = row.is_held_by(&process.claim, now);
-                    let answer = row.acquire(&process.claim, waits.then_some(process.waiter), now).meaning(now);
-                    let has = row.is_held_by(&process.claim, now);
+                    let ticket = waits.then_some(Ticket { waiter: process.waiter, turn });
+                    let (claim, before) = (new_claim(), row.clone());
+                    let answer = row.acquire(&claim, ticket, now).0.meaning(now);
+                    let has = row.is_held_by(&claim, now);
                     prop_assert_eq!(matches!(answer, Acquired::Taken { .. }), has, "{:?} of {:?}", answer, row);
+                    process.turn = None;
                     match answer {
                         Acquired::Taken { granted, .. } => {
                             prop_assert_eq!(granted.version, row.version);
+                            // Nobody behind others takes the lock before they had their time.
+                            let first = before.waiters.first();
+                            let is_due = turn == Some(before.version) || first.is_none_or(|it| *it == process.waiter);
+                            prop_assert!(!waits || is_due, "it was not its turn: {:?}", before);
                             let term = Term::new(granted.sent, granted.left, LEASE);
-                            process.hold = Some((process.claim.clone(), granted.version, term));
+                            process.hold = Some((claim, granted.version, term));
                         }
-                        Acquired::Busy { is_queued, version, .. } => {
-                            prop_assert_eq!(version, row.version);
-                            prop_assert_eq!(is_queued, waits && row.waiters.contains(&process.waiter));
+                        Acquired::Busy { busy, .. } => {
+                            prop_assert_eq!(busy.version, row.version);
+                            prop_assert_eq!(busy.place.is_some(), waits && row.waiters.contains(&process.waiter));
+                            process.turn = busy.turn();
                         }
-                        // To be asked again: only where it was its own claim that is over, or time has passed.
-                        _ => prop_assert!(!had),
+                        answer => prop_assert!(false, "{:?} of {:?}", answer, row),
                     }
                 }
                 Step::Refresh { who } => {
@@ -152,12 +192,12 @@ proptest! {
                     let process = &mut processes[who];
                     if let Some((claim, version, _)) = process.hold.take() {
                         let was_held = row.is_held_by(&claim, now);
-                        let given = row.hand_over(&claim, version, &next, now);
+                        let given = row.hand_over(&claim, version, &next, now).map(|(given, _)| given);
                         prop_assert_eq!(given.is_some(), was_held);
                         process.hold = given.map(|(version, left, _)| (next, version, Term::new(now, left, LEASE)));
                     }
                 }
-                Step::Withdraw { who } => drop(row.withdraw(processes[who].waiter)),
+                Step::Withdraw { who } => drop(row.withdraw(processes[who].waiter, now)),
                 Step::Pass(millis) => now += Duration::from_millis(millis),
             }
             prop_assert!(row.version >= newest, "a version fell");

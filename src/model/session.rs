@@ -10,11 +10,11 @@ use std::time::{Duration, SystemTime};
 use postgres::Config;
 use uuid::Uuid;
 
-use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation};
+use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation, Ticket};
 use crate::hold::Hold;
 use crate::sql::{COLUMNS, Sql};
 use crate::sync::{Condvar, Instant, Mutex, lock, random, thread, wait_until};
-use crate::toy::Row;
+use crate::toy::{Notified, Row};
 
 /// What the network does to statements.
 #[derive(Clone, Copy, Debug, Default)]
@@ -167,10 +167,9 @@ pub(crate) fn end_transaction(claim: &Claim, commits: bool) {
     let told = server(|server| {
         server.is_row_locked = false;
         let row = server.row.as_mut().filter(|_| commits)?;
-        row.released_at = Some(now);
-        Some(row.waiters.clone())
+        row.release(claim, None, None, false, now)
     });
-    deliver(notifications(told.unwrap_or_default(), &claim.lock_id));
+    deliver(notifications(told.map(|(_, notified)| notified).unwrap_or_default(), &claim.lock_id));
 }
 
 /// A request or an answer is under way.
@@ -233,18 +232,18 @@ impl Session {
         }
     }
 
-    pub(crate) fn acquire(&mut self, _: &Sql, claim: &Claim, waiter: Option<Uuid>) -> Result<Acquired, Fault> {
+    pub(crate) fn acquire(&mut self, _: &Sql, claim: &Claim, ticket: Option<Ticket>) -> Result<Acquired, Fault> {
         let sent = Instant::now();
         self.run(Kind::Passing, |server, now| {
             if server.is_row_locked {
                 return (Acquired::Locked, Vec::new());
             }
             let Some(row) = &mut server.row else { return (Acquired::Absent, Vec::new()) };
-            let answer = row.acquire(claim, waiter, now);
+            let (answer, notified) = row.acquire(claim, ticket, now);
             if let Some(version) = answer.taken {
                 server.began(claim, version);
             }
-            (answer.meaning(sent), Vec::new())
+            (answer.meaning(sent), notifications(notified, &claim.lock_id))
         })
     }
 
@@ -256,7 +255,7 @@ impl Session {
             }
             server.row = Some(Row::create(claim, now));
             server.began(claim, 1);
-            let granted = Granted { version: 1, sent, left: claim.lease, is_wanted: false, is_recognised: false };
+            let granted = Granted { version: 1, sent, left: claim.lease, is_wanted: false };
             (Acquired::Taken { granted, taken_over_from: None }, Vec::new())
         })
     }
@@ -280,8 +279,8 @@ impl Session {
             if told.is_some() {
                 server.ended(claim);
             }
-            let count = told.as_ref().map(|told| told.len() as u32);
-            (count, notifications(told.unwrap_or_default(), &claim.lock_id))
+            let (waiters, notified) = told.map_or((None, Vec::new()), |(waiters, notified)| (Some(waiters), notified));
+            (waiters, notifications(notified, &claim.lock_id))
         })
     }
 
@@ -297,21 +296,18 @@ impl Session {
             if server.is_row_locked {
                 return (None, Vec::new());
             }
-            let is_recognised = server.row.as_ref().is_some_and(|row| row.lease_id == next.lease_id);
-            let given = server.row.as_mut().and_then(|row| row.hand_over(claim, version, next, now));
-            if let Some((version, ..)) = given {
-                server.ended(claim);
-                server.began(next, version);
-            }
-            let granted = |(version, left, is_wanted)| Granted { version, sent, left, is_wanted, is_recognised };
-            (given.map(granted), Vec::new())
+            let handed = server.row.as_mut().and_then(|row| row.hand_over(claim, version, next, now));
+            let Some(((version, left, is_wanted), notified)) = handed else { return (None, Vec::new()) };
+            server.ended(claim);
+            server.began(next, version);
+            (Some(Granted { version, sent, left, is_wanted }), notifications(notified, &claim.lock_id))
         })
     }
 
-    pub(crate) fn withdraw(&mut self, _: &Sql, lock_id: &str, waiter: Uuid) -> Result<bool, Fault> {
-        self.run(Kind::Update, |server, _| {
-            let told = server.row.as_mut().map(|row| row.withdraw(waiter)).unwrap_or_default();
-            (true, notifications(told, lock_id))
+    pub(crate) fn withdraw(&mut self, _: &Sql, lock_id: &str, waiter: Uuid) -> Result<(), Fault> {
+        self.run(Kind::Update, |server, now| {
+            let notified = server.row.as_mut().map(|row| row.withdraw(waiter, now)).unwrap_or_default();
+            ((), notifications(notified, lock_id))
         })
     }
 
@@ -381,7 +377,9 @@ impl Session {
     }
 }
 
-/// What the waiters are told, each with its place.
-fn notifications(told: Vec<Uuid>, lock_id: &str) -> Vec<(Uuid, String)> {
-    (1..).zip(told).map(|(place, waiter)| (waiter, format!("{place} {lock_id}"))).collect()
+/// The payloads of notifications.
+fn notifications(notified: Vec<Notified>, lock_id: &str) -> Vec<(Uuid, String)> {
+    let payload =
+        |(waiter, delay, turn): Notified| (waiter, format!("{waiter} {} {turn} {lock_id}", delay.as_millis()));
+    notified.into_iter().map(payload).collect()
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::races::{Table, client, session};
 use super::*;
+use crate::answer::Busy;
 use crate::answer::properties::{Step, new_claim, steps};
 use crate::toy;
 
@@ -18,12 +19,14 @@ fn gist(answer: &Acquired) -> (&'static str, i64, Option<&str>, bool, bool) {
         Acquired::Taken { granted, taken_over_from } => {
             ("taken", granted.version, taken_over_from.as_deref(), granted.is_wanted, false)
         }
-        Acquired::Busy { version, owner_id, is_promised, is_queued, .. } => {
-            ("busy", *version, Some(owner_id), *is_promised, *is_queued)
+        Acquired::Busy { busy: Busy { version, is_free, has_notified, place, waiters, .. }, owner_id } => {
+            let standing = place.map_or(-1, i64::from) * 10_000 + i64::from(*waiters);
+            ("busy", version * 1_000_000 + standing, Some(owner_id), *is_free, *has_notified)
         }
         Acquired::Locked => ("locked", 0, None, false, false),
         Acquired::Missed => ("missed", 0, None, false, false),
         Acquired::Absent => ("absent", 0, None, false, false),
+        Acquired::TooLate => ("too late", 0, None, false, false),
     }
 }
 
@@ -63,25 +66,30 @@ impl Server {
         let now = Instant::now();
         let lock_id = Uuid::new_v4().to_string();
         let claim = || Claim { lock_id: lock_id.clone(), lease: FAR, ..new_claim() };
-        let (mut claims, waiters) = ([claim(), claim(), claim()], [0, 1, 2].map(|_| Uuid::new_v4()));
-        let mut held = [None, None, None];
-        held[0] = Some((claims[0].clone(), 1));
-        let mut row = toy::Row::create(&claims[0], now);
-        let created = self.session.create(&self.table.sql, &claims[0]).unwrap();
+        let (waiters, mut turns) = ([0, 1, 2].map(|_| Uuid::new_v4()), [None; 3]);
+        let first = claim();
+        let mut row = toy::Row::create(&first, now);
+        let created = self.session.create(&self.table.sql, &first).unwrap();
+        let mut held = [Some((first, 1)), None, None];
         assert!(matches!(created, Acquired::Taken { .. }));
         for step in steps {
             let (session, sql) = (&mut self.session, &self.table.sql);
             match *step {
-                Step::Acquire { who, waits } | Step::Repeat { who, waits } => {
-                    if matches!(step, Step::Acquire { .. }) {
-                        claims[who] = claim();
-                    }
-                    let waiter = waits.then_some(waiters[who]);
-                    let said = session.acquire(sql, &claims[who], waiter).unwrap();
-                    let toys = row.acquire(&claims[who], waiter, now).meaning(now);
+                Step::Acquire { .. } | Step::TakeTurn { .. } => {
+                    let (who, waits, turn) = match *step {
+                        Step::TakeTurn { who } => (who, true, turns[who]),
+                        Step::Acquire { who, waits } => (who, waits, None),
+                        _ => unreachable!("another step"),
+                    };
+                    let (claim, ticket) = (claim(), waits.then_some(Ticket { waiter: waiters[who], turn }));
+                    let said = session.acquire(sql, &claim, ticket).unwrap();
+                    let toys = row.acquire(&claim, ticket, now).0.meaning(now);
                     assert_eq!(gist(&said), gist(&toys), "{step:?}");
-                    if let Acquired::Taken { granted, .. } = said {
-                        held[who] = Some((claims[who].clone(), granted.version));
+                    turns[who] = None;
+                    match said {
+                        Acquired::Taken { granted, .. } => held[who] = Some((claim, granted.version)),
+                        Acquired::Busy { busy, .. } => turns[who] = busy.turn(),
+                        _ => {}
                     }
                 }
                 Step::Refresh { who } => {
@@ -95,7 +103,7 @@ impl Server {
                     let was_released = row.released_at;
                     let said = session.release(sql, claim, Some(*version), waiter, waits_again).unwrap();
                     let toys = row.release(claim, Some(*version), waiter, waits_again, now);
-                    assert_eq!(said, toys.map(|told| told.len() as u32), "{step:?}");
+                    assert_eq!(said, toys.map(|(waiters, _)| waiters), "{step:?}");
                     if row.released_at != was_released {
                         // A promise lasts, until it is made to be over.
                         row.released_at = Some(now + FAR);
@@ -107,12 +115,12 @@ impl Server {
                     let said = session.hand_over(sql, claim, *version, &next).unwrap();
                     let said = said.map(|granted| (granted.version, granted.is_wanted));
                     let toys = row.hand_over(claim, *version, &next, now);
-                    assert_eq!(said, toys.map(|(version, _, is_wanted)| (version, is_wanted)), "{step:?}");
+                    assert_eq!(said, toys.map(|((version, _, is_wanted), _)| (version, is_wanted)), "{step:?}");
                     held[who] = said.map(|(version, _)| (next, version)).or(held[who].take());
                 }
                 Step::Withdraw { who } => {
-                    assert!(session.withdraw(sql, &lock_id, waiters[who]).unwrap());
-                    row.withdraw(waiters[who]);
+                    session.withdraw(sql, &lock_id, waiters[who]).unwrap();
+                    row.withdraw(waiters[who], now);
                 }
                 Step::Pass(5_000..) => {
                     row.lease_end = now - Duration::from_secs(1);

@@ -75,6 +75,10 @@ impl Meeting {
 
 const LONG: Duration = Duration::from_secs(60);
 
+fn ticket(waiter: Uuid) -> Option<Ticket> {
+    Some(Ticket { waiter, turn: None })
+}
+
 fn acquire_or_create(session: &mut Session, sql: &Sql, claim: &Claim) -> Acquired {
     match session.acquire(sql, claim, None).unwrap() {
         Acquired::Absent => session.create(sql, claim).unwrap(),
@@ -276,19 +280,6 @@ fn acquirers_that_race_get_different_versions() {
 }
 
 #[test]
-fn a_lease_id_takes_a_lock_once() {
-    let table = Table::new();
-    let mut session = session();
-    let mine = claim("l", LONG);
-    assert_eq!(take(&mut session, &table.sql, &mine).unwrap().version, 1);
-    // A copy while it is held is recognised; one that comes after the release takes nothing.
-    assert_eq!(take(&mut session, &table.sql, &mine).unwrap().version, 1);
-    assert!(release(&mut session, &table.sql, &mine, Some(1)));
-    assert!(matches!(session.acquire(&table.sql, &mine, None).unwrap(), Acquired::Missed));
-    assert_eq!(table.count("released_at IS NOT NULL AND version = 1"), 1);
-}
-
-#[test]
 fn release_and_refresh_are_idempotent() {
     let table = Table::new();
     let mut session = session();
@@ -352,7 +343,7 @@ fn a_statement_in_another_place_does_nothing() {
             .client
             .query_one(&table.sql.release.text, &[&"l", &version, &mine.lease_id, &place, &None::<Uuid>, &false])
             .unwrap();
-        assert!(!row.get::<_, bool>(0) && !row.get::<_, bool>(1));
+        assert!(!row.get::<_, bool>(0) && row.get::<_, Option<i32>>(1).is_none());
     }
     assert_eq!(session.get(&table.sql, "l").unwrap(), before);
     session.backend = session.backend.map(|backend| backend + 1);
@@ -396,11 +387,11 @@ fn a_release_and_a_busy_acquire_at_once_never_miss_each_other() {
         },
         |round| {
             delay(round % 13);
-            let acquired = waiting.acquire(&table.sql, &claim(&claims[round].lock_id, LONG), Some(waiter)).unwrap();
+            let acquired = waiting.acquire(&table.sql, &claim(&claims[round].lock_id, LONG), ticket(waiter)).unwrap();
             match acquired {
-                Acquired::Busy { is_queued, .. } => assert!(is_queued),
+                Acquired::Busy { busy, .. } => assert_eq!(busy.place, Some(1)),
                 Acquired::Taken { .. } | Acquired::Missed => {}
-                Acquired::Locked | Acquired::Absent => panic!("it is there, and nobody keeps it"),
+                acquired => panic!("{acquired:?}: it is there, and nobody keeps it"),
             }
             matches!(acquired, Acquired::Busy { .. })
         },
@@ -436,12 +427,14 @@ fn whoever_stands_in_the_row_stays_there_while_the_lock_is_handed_over() {
         |round| {
             delay(round % 9);
             let waiter = Uuid::new_v4();
-            let acquired = waiting.acquire(&table.sql, &claim("l", LONG), Some(waiter)).unwrap();
+            let acquired = waiting.acquire(&table.sql, &claim("l", LONG), ticket(waiter)).unwrap();
             // On a busy machine the row may stay locked for longer than a registration waits.
             let is_asked_again = matches!(acquired, Acquired::Missed | Acquired::Locked);
-            assert!(is_asked_again || matches!(acquired, Acquired::Busy { is_queued: true, .. }), "{acquired:?}");
+            let is_queued = matches!(&acquired, Acquired::Busy { busy, .. } if busy.place == Some(1));
+            assert!(is_asked_again || is_queued, "{acquired:?}");
             let is_there = table.count(&format!("'{waiter}' = ANY (waiters)")) == 1;
-            assert!(waiting.withdraw(&table.sql, "l", waiter).unwrap() || is_there);
+            waiting.withdraw(&table.sql, "l", waiter).unwrap();
+            assert_eq!(table.count(&format!("'{waiter}' = ANY (waiters)")), 0);
             (matches!(acquired, Acquired::Busy { .. }), is_there)
         },
     ) {
@@ -454,7 +447,7 @@ fn whoever_stands_in_the_row_stays_there_while_the_lock_is_handed_over() {
 }
 
 #[test]
-fn a_hand_over_is_idempotent_and_names_the_hold() {
+fn a_hand_over_happens_once_and_names_the_hold() {
     let table = Table::new();
     let mut session = session();
     let [mine, next, another] = [0; 3].map(|_| claim("l", LONG));
@@ -465,7 +458,7 @@ fn a_hand_over_is_idempotent_and_names_the_hold() {
     assert_eq!(hand_over(&another, version, &next), None, "another lease is another hold");
     assert_eq!(hand_over(&mine, version + 1, &next), None);
     assert_eq!(hand_over(&mine, version, &next), Some(version + 1));
-    assert_eq!(hand_over(&mine, version, &next), Some(version + 1), "a repetition finds what it did");
+    assert_eq!(hand_over(&mine, version, &next), None, "a copy of it does nothing");
     assert_eq!(hand_over(&mine, version, &another), None, "it was handed over already");
     assert_eq!(hand_over(&next, version + 1, &another), Some(version + 2));
     assert_eq!(hand_over(&mine, version, &next), None, "and has gone on since");
@@ -487,53 +480,98 @@ fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
     };
     let mine = claim("l", LONG);
     take(&mut session, &table.sql, &mine).unwrap();
-    for waiter in [first, second, first, third] {
-        let acquired = session.acquire(&table.sql, &claim("l", LONG), Some(waiter)).unwrap();
-        assert!(matches!(acquired, Acquired::Busy { is_queued: true, is_promised: false, .. }), "{acquired:?}");
+    let mut acquire = |claim: &Claim, waiter: Uuid, turn: Option<i64>| match session
+        .acquire(&table.sql, claim, Some(Ticket { waiter, turn }))
+        .unwrap()
+    {
+        Acquired::Taken { granted, .. } => Ok((granted.version, granted.is_wanted)),
+        Acquired::Busy { busy, .. } => Err(busy),
+        acquired => panic!("{acquired:?}"),
+    };
+    for (waiter, place) in [(first, 1), (second, 2), (first, 1), (third, 3)] {
+        let busy = acquire(&claim("l", LONG), waiter, None).unwrap_err();
+        assert!(busy.place == Some(place) && !busy.is_free && !busy.has_notified, "{busy:?}");
     }
     assert_eq!(row(), waiters, "each stands there once");
-    assert_eq!(session.release(&table.sql, &mine, Some(1), None, false).unwrap(), Some(3));
-    // The second one has to wait for the first, but not for long.
-    let acquired = session.acquire(&table.sql, &claim("l", LONG), Some(second)).unwrap();
-    let Acquired::Busy { is_promised: true, is_queued: true, left, .. } = acquired else { panic!("{acquired:?}") };
-    assert!(left <= sql::GRACE, "{left:?}");
-    let mine = claim("l", LONG);
-    let acquired = session.acquire(&table.sql, &mine, Some(first)).unwrap();
-    let Acquired::Taken { granted: Granted { version: 2, is_wanted: true, .. }, .. } = acquired else {
-        panic!("{acquired:?}")
+    let mut releasing = self::session();
+    let mut release = |claim: &Claim, version, waiter, waits_again| {
+        releasing.release(&table.sql, claim, Some(version), waiter, waits_again).unwrap().expect("held")
     };
+    assert_eq!(release(&mine, 1, None, false), 3);
+    // The second one has to wait for the first, but not for long.
+    let busy = acquire(&claim("l", LONG), second, None).unwrap_err();
+    assert!(busy.is_free && !busy.has_notified && busy.left <= sql::GRACE && busy.place == Some(2), "{busy:?}");
+    let mine = claim("l", LONG);
+    assert_eq!(acquire(&mine, first, None), Ok((2, true)));
     assert_eq!(row(), [second, third]);
     // One that waits again stands behind the others.
-    assert_eq!(session.release(&table.sql, &mine, Some(2), Some(first), true).unwrap(), Some(3));
+    assert_eq!(release(&mine, 2, Some(first), true), 3);
     assert_eq!(row(), [second, third, first]);
-    // The second one doesn't come. Whoever takes the lock then, the second one has been told, and leaves the row.
+    // The second one doesn't come. It is notified, and, when whoever waits behind it takes the lock, leaves the row.
     thread::sleep(sql::GRACE);
-    let mine = claim("l", LONG);
-    assert!(matches!(session.acquire(&table.sql, &mine, Some(third)).unwrap(), Acquired::Taken { .. }));
-    assert_eq!(row(), [first]);
-    // A lease that ran out tells nobody: nobody leaves the row but who takes it.
-    client().batch_execute(&format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table)).unwrap();
-    let mine = claim("l", LONG);
-    assert!(matches!(session.acquire(&table.sql, &mine, Some(third)).unwrap(), Acquired::Taken { .. }));
-    assert_eq!(row(), [first]);
-    // The first of two leaves while the lock is promised to it: the other one is told.
-    session.acquire(&table.sql, &claim("l", LONG), Some(second)).unwrap();
     let mut ear = client();
-    ear.batch_execute(&format!("LISTEN \"{}\"", sql::channel(second))).unwrap();
-    session.release(&table.sql, &mine, None, None, false).unwrap();
-    assert!(session.withdraw(&table.sql, "l", first).unwrap());
-    let heard: Vec<String> = ear
-        .notifications()
-        .timeout_iter(Duration::from_secs(1))
-        .map(|notification| Ok(notification.payload().to_owned()))
-        .collect()
-        .unwrap();
-    assert_eq!(heard, ["2 l", "1 l"]);
+    let mut listen = |waiter| ear.batch_execute(&sql::listen(waiter)).unwrap();
+    listen(second);
+    let busy = acquire(&claim("l", LONG), third, None).unwrap_err();
+    assert!(busy.is_free && busy.has_notified && busy.turn() == Some(2), "{busy:?}");
+    let heard = |ear: &mut Client| -> Vec<String> {
+        let mut notifications = ear.notifications();
+        let heard = notifications.timeout_iter(Duration::from_millis(500));
+        let heard = heard.map(|notification| Ok(notification.payload().to_owned()));
+        heard.collect().unwrap()
+    };
+    let mine = claim("l", LONG);
+    assert!(acquire(&mine, third, Some(1)).is_err(), "of another version");
+    assert_eq!(acquire(&mine, third, Some(2)), Ok((3, true)));
+    assert_eq!(row(), [first]);
+    assert!(heard(&mut ear).contains(&format!("{second} 0 2 l")));
+    // The end of a lease is the same: a newcomer stands behind whoever waits.
+    let expire = format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table);
+    client().batch_execute(&expire).unwrap();
+    let mine = claim("l", LONG);
+    let busy = acquire(&mine, third, None).unwrap_err();
+    assert!(busy.is_free && busy.place == Some(2) && row() == [first, third], "{busy:?}");
+    assert_eq!(acquire(&mine, first, None), Ok((4, true)));
+    assert_eq!(row(), [third]);
+    // The first of two leaves while the lock is promised to it: the other one is notified.
+    acquire(&claim("l", LONG), second, None).unwrap_err();
+    assert_eq!(release(&mine, 4, None, false), 2);
+    heard(&mut ear);
+    session.withdraw(&table.sql, "l", third).unwrap();
+    assert_eq!(heard(&mut ear), [format!("{second} 0 4 l")]);
     // With nobody else there, one that waits again needn't stand in the row.
     let mine = claim("l", LONG);
-    assert!(matches!(session.acquire(&table.sql, &mine, Some(second)).unwrap(), Acquired::Taken { .. }));
+    let acquired = session.acquire(&table.sql, &mine, ticket(second)).unwrap();
+    assert!(matches!(acquired, Acquired::Taken { .. }));
     assert_eq!(session.release(&table.sql, &mine, None, Some(first), true).unwrap(), Some(0));
     assert!(row().is_empty());
+}
+
+/// A copy of a claim's statement that comes too late does nothing, whoever asks, and puts nobody into the row.
+#[test]
+fn what_comes_after_a_claims_time_takes_nothing_and_stands_nowhere() {
+    let table = Table::new();
+    let mut session = session();
+    let mine = claim("l", LONG);
+    let version = take(&mut session, &table.sql, &mine).unwrap().version;
+    let late = |session: &mut Session| {
+        session.clock = session.clock.map(|(time, read)| (time - 2 * sql::CLAIM_LIFE, read));
+    };
+    late(&mut session);
+    assert!(session.hand_over(&table.sql, &mine, version, &claim("l", LONG)).unwrap().is_none());
+    // It has heard of the time by then.
+    assert!(session.hand_over(&table.sql, &mine, version, &claim("l", LONG)).unwrap().is_some());
+    client().batch_execute(&format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table)).unwrap();
+    for waits in [None, ticket(Uuid::new_v4())] {
+        late(&mut session);
+        assert!(matches!(session.try_to_acquire(&table.sql, &claim("l", LONG), waits).unwrap(), Acquired::TooLate));
+    }
+    late(&mut session);
+    assert!(matches!(session.create(&table.sql, &claim("new", LONG)).unwrap(), Acquired::Missed));
+    assert_eq!(table.count("lock_id = 'new' OR waiters IS NOT NULL"), 0);
+    // A process that was suspended asks again, and has it.
+    late(&mut session);
+    assert!(matches!(session.acquire(&table.sql, &claim("l", LONG), None).unwrap(), Acquired::Taken { .. }));
 }
 
 #[test]

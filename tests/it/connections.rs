@@ -19,17 +19,18 @@ fn proxied() -> (Table, Proxy, PostgresStorage) {
 }
 
 #[test]
-fn an_acquire_whose_answer_was_lost_recognises_its_own_hold() {
+fn an_acquire_whose_answer_was_lost_is_undone_and_repeated_at_once() {
     let (table, proxy, storage) = proxied();
     let lock = StorageLock::new(&storage, "l").unwrap();
     // The first hold of a lock, and a later one.
-    for (version, owner) in [(1, "first-owner"), (2, "second-owner")] {
+    for (lost, owner, version) in [(1, "first-owner", 1), (2, "second-owner", 3)] {
         proxy.lose_answer_to(owner.as_bytes());
         let start = Instant::now();
-        let guard = lock.try_lock(owner).unwrap().expect("not busy: held by ourselves");
+        let guard = lock.try_lock(owner).unwrap().expect("free: our own hold was released");
         assert!(start.elapsed() < ms(5_000));
-        assert_eq!(proxy.lost_answers(), usize::try_from(version).unwrap(), "the answer was not lost");
-        assert_eq!(guard.version(), version, "the lost hold and this one are the same");
+        assert_eq!(proxy.lost_answers(), lost, "the answer was not lost");
+        // The first answer to be lost says that there is no row yet.
+        assert_eq!(guard.version(), version, "the hold whose answer was lost is another one");
         assert!(guard.is_held());
         guard.unlock().unwrap();
     }

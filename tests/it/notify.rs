@@ -14,30 +14,36 @@ use crate::support::child::Process;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::support::{
-    Table, end_listener, eventually, listeners, ms, short_lock, takes_at_most, waiting_thread, waits_for, within,
+    Table, end_listener, eventually, listeners, listening, ms, short_lock, takes_at_most, waiting_thread, waits_for,
+    within,
 };
 
-/// What an independent client hears on a storage's channel.
-struct Ear(Client);
+/// What an independent client hears that is for a storage.
+struct Ear(Client, Uuid);
 
 impl Ear {
     fn on(table: &Table, waiter: Uuid) -> Ear {
         let mut client = table.client();
-        client.batch_execute(&format!("LISTEN \"storage_lock_{waiter}\"")).unwrap();
-        Ear(client)
+        client.batch_execute(&listening(waiter)).unwrap();
+        Ear(client, waiter)
     }
 
-    /// Everything that was sent before this call.
+    /// Everything that was sent before this call: when to look, and of which lock.
     fn heard(&mut self) -> Vec<String> {
-        // Its own comes last.
-        let channel: String = self.0.query_one("SELECT pg_listening_channels()", &[]).unwrap().get(0);
-        self.0.execute("SELECT pg_notify($1, 'end')", &[&channel]).unwrap();
+        let Ear(client, waiter) = self;
+        // Its own comes last. Others listen on the same channel.
+        let (channel, end): (String, _) =
+            (client.query_one("SELECT pg_listening_channels()", &[]).unwrap().get(0), Uuid::new_v4().to_string());
+        client.execute("SELECT pg_notify($1, $2)", &[&channel, &end]).unwrap();
         let mut heard = Vec::new();
-        while let Some(notification) = self.0.notifications().timeout_iter(Duration::from_secs(10)).next().unwrap() {
-            if notification.payload() == "end" {
+        while let Some(notification) = client.notifications().timeout_iter(Duration::from_secs(10)).next().unwrap() {
+            if notification.payload() == end {
                 return heard;
             }
-            heard.push(notification.payload().to_owned());
+            if let Some((_, rest)) = notification.payload().split_once(&format!("{waiter} ")) {
+                let [delay, _version, lock_id] = rest.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("{rest}") };
+                heard.push(format!("{delay} {lock_id}"));
+            }
         }
         panic!("its own notification did not come");
     }
@@ -61,7 +67,7 @@ fn only_a_release_for_which_another_process_waits_notifies() {
     let mut ear = Ear::on(&table, channel);
     guard.unlock().unwrap();
     waiting.join().unwrap();
-    assert_eq!(ear.heard(), ["1 l"]);
+    assert_eq!(ear.heard(), ["0 l"]);
     assert!(table.waiters("l").is_empty(), "who took the lock waits no more");
     // Nobody waits: threads of one process, and processes that don't want the lock at the same time.
     thread::scope(|scope| {
@@ -78,7 +84,7 @@ fn only_a_release_for_which_another_process_waits_notifies() {
         guard.unlock().unwrap();
         waiting.join().unwrap();
     }
-    assert_eq!(ear.heard(), ["1 l"; 5]);
+    assert_eq!(ear.heard(), ["0 l"; 5]);
 }
 
 #[test]
@@ -99,7 +105,7 @@ fn without_a_wait_nothing_is_opened_for_waiting() {
 }
 
 #[test]
-fn the_processes_are_told_in_the_order_in_which_they_came() {
+fn a_release_notifies_the_first_two_and_the_last_however_many_wait() {
     let table = Table::new();
     let guard = table.lock("l").lock("holder").unwrap();
     let waiters: Vec<Uuid> = (0..10).map(|_| Uuid::new_v4()).collect();
@@ -108,7 +114,7 @@ fn the_processes_are_told_in_the_order_in_which_they_came() {
     assert_eq!(table.lock("l").info().unwrap().unwrap().waiters, 10);
     guard.unlock().unwrap();
     let heard: Vec<String> = ears.iter_mut().map(|ear| ear.heard().join(",")).collect();
-    assert_eq!(heard, ["1 l", "2 l", "3 l", "4 l", "5 l", "6 l", "7 l", "8 l", "9 l", "10 l"]);
+    assert_eq!(heard, ["0 l", "100 l", "", "", "", "", "", "", "", "1100 l"]);
 }
 
 #[test]
@@ -124,24 +130,24 @@ fn a_storage_listens_on_one_connection_until_nobody_has_waited_for_a_while() {
             waiting_thread(move || drop(lock.lock("waiter").unwrap()))
         })
         .collect();
-    let mut channels: Vec<Uuid> = (0..5).map(|n| table.hears(&format!("l{n}"), 1)[0]).collect();
-    channels.dedup();
-    assert_eq!(channels.len(), 1, "one channel for all locks");
+    let mut waiters: Vec<Uuid> = (0..5).map(|n| table.hears(&format!("l{n}"), 1)[0]).collect();
+    waiters.dedup();
+    assert_eq!(waiters.len(), 1, "one waiter for all locks");
     guards.into_iter().for_each(|guard| guard.unlock().unwrap());
     waiting.into_iter().for_each(|waiting| waiting.join().unwrap());
     let mut client = table.client();
-    assert_eq!(listeners(&mut client, channels[0]), 1);
-    eventually("the connection is closed", || listeners(&mut client, channels[0]) == 0);
+    assert_eq!(listeners(&mut client, waiters[0]), 1);
+    eventually("the connection is closed", || listeners(&mut client, waiters[0]) == 0);
     // And opened again when it is needed.
     let guard = lock(&ours, 0).lock("holder").unwrap();
     let again = lock(&storage, 0);
     let waiting = waiting_thread(move || drop(again.lock("waiter").unwrap()));
-    assert_eq!(table.hears("l0", 1), channels);
+    assert_eq!(table.hears("l0", 1), waiters);
     guard.unlock().unwrap();
     waiting.join().unwrap();
     drop(storage);
     within(Duration::from_secs(5), "a dropped storage doesn't listen", || {
-        (listeners(&mut client, channels[0]) == 0).then_some(())
+        (listeners(&mut client, waiters[0]) == 0).then_some(())
     });
 }
 
@@ -439,8 +445,12 @@ fn a_lock_that_was_promised_to_nobody_alive_is_free_for_one_that_does_not_wait()
     let guard = table.lock("l").lock("holder").unwrap();
     table.client().execute(&format!("UPDATE {} SET waiters = $1", table.name), &[&vec![Uuid::new_v4()]]).unwrap();
     guard.unlock().unwrap();
-    assert!(table.lock("l").try_lock("at once").unwrap().is_some());
-    assert!(table.waiters("l").is_empty());
+    let guard = table.lock("l").try_lock("at once").unwrap().expect("free");
+    assert_eq!(table.waiters("l").len(), 1, "whoever it was promised to keeps its place");
+    guard.unlock().unwrap();
+    thread::sleep(ms(100));
+    assert!(table.lock("l").try_lock("later").unwrap().is_some());
+    assert!(table.waiters("l").is_empty(), "it had its time");
 }
 
 #[test]

@@ -153,17 +153,22 @@ pub fn waits_for(lock: &StorageLock) -> JoinHandle<i64> {
     waiting_thread(move || lock.lock("waiter").expect("lock").version())
 }
 
+/// What a session that listens for a storage did last.
+pub fn listening(waiter: Uuid) -> String {
+    let channel = waiter.to_string().split_off(35);
+    format!("LISTEN \"storage_lock_{channel}\"; SELECT 'waiter {waiter}'")
+}
+
 /// How many sessions listen for a storage, and are ready.
 pub fn listeners(client: &mut Client, waiter: Uuid) -> i64 {
     let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND query = $1";
-    client.query_one(sql, &[&format!("LISTEN \"storage_lock_{waiter}\"")]).expect("read the sessions").get(0)
+    client.query_one(sql, &[&listening(waiter)]).expect("read the sessions").get(0)
 }
 
 /// Ends the session that listens for a storage.
 pub fn end_listener(client: &mut Client, waiter: Uuid) {
     let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query = $1";
-    let ended: i64 =
-        client.query_one(sql, &[&format!("LISTEN \"storage_lock_{waiter}\"")]).expect("end a session").get(0);
+    let ended: i64 = client.query_one(sql, &[&listening(waiter)]).expect("end a session").get(0);
     assert_eq!(ended, 1, "nobody listened");
 }
 
