@@ -86,14 +86,17 @@ pub(crate) struct Busy {
     pub(crate) waiters: u32,
 }
 
+/// How long it may take, on a busy machine, until whoever was notified has taken the lock.
+const HEARING: Duration = Duration::from_millis(50);
 /// After so long a waiter looks at the lock, whatever it knows.
 const LOOK: Duration = Duration::from_secs(5);
-/// The same for each that stands in the row, so that where many wait all of them together look ten times a second.
-const LOOK_OF_EACH: Duration = Duration::from_millis(100);
+/// More rarely where many stand in the row: a tenth of a second for each, so that all of them together look ten times a second. But no
+/// more rarely than this, as most of them may be dead, and the lock be free.
+const LOOK_OF_MANY: Duration = Duration::from_secs(15);
 
-/// How long a waiter that may be one of so many sleeps at most.
+/// How long a waiter in a row of so many sleeps at most.
 pub(crate) fn longest_sleep(waiters: u32) -> Duration {
-    LOOK.max(LOOK_OF_EACH * waiters)
+    (Duration::from_millis(100) * waiters).clamp(LOOK, LOOK_OF_MANY)
 }
 
 impl Busy {
@@ -105,10 +108,12 @@ impl Busy {
         let turn = match (self.is_free, before) {
             (false, 0) => self.left,
             (false, _) => self.left + GRACE + behind_the_first,
-            (true, _) if self.has_notified => (STEP * before).min(LONGEST_STEPS),
+            (true, _) if self.has_notified => HEARING + (STEP * before).min(LONGEST_STEPS),
             (true, _) => self.left.min(GRACE) + behind_the_first.min(LONGEST_STEPS),
         };
-        turn.min(longest_sleep(self.waiters).mul_f64(fraction))
+        // One for which there was no room is notified of nothing.
+        let longest = if self.place.is_some() { longest_sleep(self.waiters) } else { LOOK };
+        turn.min(longest.mul_f64(fraction))
     }
 
     /// The version in which the waiter may take the lock when it has slept.

@@ -43,13 +43,21 @@ struct Line {
     /// How often the answer was that nobody will tell us, while the lock stayed with this version.
     rounds: u32,
     seen: Option<i64>,
-    /// The lock is free in this version, as far as is known, and those before us in the row have been notified.
-    turn: Option<i64>,
+    /// Those before us in the row have been notified by our last statement, or by somebody behind us, as a notification says. What a
+    /// notification says doesn't replace what we know.
+    turns: [Option<Due>; 2],
     /// It has been seen that the lock is somebody's: those in the line wait, and don't try for the first time.
     is_busy: bool,
     /// This process stands in the row, or may.
     is_queued: bool,
     unreachable_since: Option<Instant>,
+}
+
+/// From when on the lock may be ours if it is free in this version: those before us have had their time by then.
+#[derive(Clone, Copy)]
+struct Due {
+    version: i64,
+    at: Instant,
 }
 
 /// The head is asking the database.
@@ -124,7 +132,7 @@ impl Line {
             asking: None,
             rounds: 0,
             seen: None,
-            turn: None,
+            turns: [None; 2],
             is_busy: false,
             is_queued: false,
             unreachable_since: None,
@@ -250,7 +258,11 @@ impl Lines {
     /// depends on whether that is true: it looks by itself, too, and the row says what there is.
     pub(crate) fn notified(&self, lock_id: &str, delay: Duration, turn: Option<i64>) {
         if let (Some(line), Some(at)) = (lock(&self.0).get_mut(lock_id), Instant::now().checked_add(delay)) {
-            line.turn = turn.or(line.turn);
+            let [_, notified] = &mut line.turns;
+            // The same may be said twice.
+            if notified.is_none_or(|due| Some(due.version) != turn) {
+                *notified = turn.map(|version| Due { version, at }).or(*notified);
+            }
             line.tell(at);
         }
     }
@@ -385,7 +397,8 @@ impl Place<'_> {
                     None if line.ask_at <= now => {
                         self.asked.set(Some(now));
                         line.asking = Some(Asking { since: now, told: None });
-                        return Turn::Ask(line.turn);
+                        let due = line.turns.iter().flatten().find(|due| due.at <= now);
+                        return Turn::Ask(due.map(|due| due.version));
                     }
                     None => wake = wake.min(line.ask_at),
                 }
@@ -422,7 +435,6 @@ impl Place<'_> {
         line.unreachable_since = None;
         // Where nothing is known, a try before the last one may have put it into the row.
         line.is_queued |= busy.is_none_or(|busy| busy.place.is_some());
-        line.turn = busy.and_then(Busy::turn);
         let version = busy.map(|busy| busy.version);
         if line.seen != version {
             // A lock that changes hands is worth asking for often.
@@ -430,9 +442,12 @@ impl Place<'_> {
         }
         // Not all processes that wait at the same moment.
         let sleep = busy.map(|busy| busy.sleep(1.0 - random_fraction() / 4.0));
-        match sleep {
-            Some(sleep) if is_listening => line.answered(now + sleep),
-            sleep => line.ask_again(patience, now, sleep),
+        let [ours, _] = &mut line.turns;
+        *ours = busy.and_then(Busy::turn).zip(sleep).map(|(version, sleep)| Due { version, at: now + sleep });
+        match (busy, sleep) {
+            // A free lock isn't asked for before others had their time.
+            (Some(busy), Some(sleep)) if is_listening || busy.is_free => line.answered(now + sleep),
+            _ => line.ask_again(patience, now, sleep),
         }
     }
 

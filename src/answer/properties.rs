@@ -120,7 +120,7 @@ proptest! {
         prop_assert!(busy.waiters > 50 || sleep <= Duration::from_secs(5));
         let before = busy.place.map_or(busy.waiters, |place| place - 1);
         if busy.is_free {
-            prop_assert!(sleep <= GRACE + LONGEST_STEPS, "a free lock is slept by for {:?}", sleep);
+            prop_assert!(sleep <= GRACE + HEARING + LONGEST_STEPS, "a free lock is slept by for {:?}", sleep);
             prop_assert_eq!(busy.turn(), busy.has_notified.then_some(busy.version));
         } else {
             prop_assert!(before > 0 || sleep <= busy.left);
