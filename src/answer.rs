@@ -140,8 +140,8 @@ pub struct LockInformation {
     pub released_at: Option<SystemTime>,
     /// Whether the hold was neither released nor expired when the row was read, by the database's clock.
     pub is_held: bool,
-    /// How many processes wait for the lock and listen for its release. One that ended without leaving the line counts until the
-    /// lock was released to it.
+    /// How many processes wait for the lock, as its row says. One that ended without leaving the row counts until another one has taken the
+    /// lock from behind it.
     pub waiters: usize,
 }
 

@@ -59,13 +59,19 @@
 //!
 //! A process that finds a lock busy puts itself into the lock's row, behind others that wait, and listens (`LISTEN`) for the release, on
 //! one connection a storage, beside the pool, which is opened when somebody waits and closed when nobody has for 10 s. Only a
-//! release of a lock that somebody waits for notifies. The released lock is promised to the first process in the row for 100 ms; if it doesn't come, the
-//! others take it. While other processes wait, a process passes the lock among its own threads for 10 ms at most. [`try_lock`](StorageLock::try_lock)
-//! doesn't stand in line: it takes a lock that is free, promised or not, or goes away.
+//! release of a lock that somebody waits for notifies: the first two processes in the row and the last one, however many wait. While other
+//! processes wait, a process passes the lock among its own threads for 10 ms at most.
 //!
-//! A waiter also knows when the lease that it saw would end, and asks then: that is how it gets the lock of a holder that died, and
-//! it needs no notification. Where there are none (behind a pooler in transaction mode, or while the connection is lost) waiters ask at growing
-//! intervals of up to a second.
+//! A free lock is promised to the first process in the row for 100 ms, whether it was released or its lease ran out. After that, a
+//! process behind others notifies those before it, gives them 10 ms each (1 s at most) and a twentieth of a second more, and takes the lock
+//! if nobody else has. Those before it leave the row: whoever of them still wants the lock asks, and stands at its end.
+//! [`try_lock`](StorageLock::try_lock) doesn't wait in that order: it takes a lock that is free, promised or not, or goes away.
+//!
+//! Nothing depends on a notification. A waiter knows when the lease would end that it read from the row, and looks then: that is how it gets
+//! the lock of a holder that died. And it looks by itself every 5 s, whatever it was told; every 15 s at most where more than
+//! 50 processes wait. So a lock that became free and of which nobody was notified (because the row was changed by hand, say) is
+//! found within that time. Without `LISTEN` (behind a pooler in transaction mode, or while the connection is lost) waiters ask
+//! at growing intervals of up to a second.
 //!
 //! # Guarantees and limits
 //!

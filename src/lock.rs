@@ -63,7 +63,8 @@ impl StorageLock {
 
     /// Takes the lock, waiting for as long as it takes, in the order in which threads and processes came.
     ///
-    /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error.
+    /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error. A table that
+    /// somebody has locked (`VACUUM FULL`, `ALTER TABLE`) is waited for as a busy lock is, from the first attempt on.
     ///
     /// # Errors
     /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt comes back
@@ -79,8 +80,8 @@ impl StorageLock {
         }
     }
 
-    /// Takes the lock if it is free; `None` if it is busy. It doesn't stand in line: a lock that is free, and promised to somebody who
-    /// waits, is taken. Blocks for at most the connect timeout and 5 s.
+    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 4 s. It doesn't wait in the order of the others: a
+    /// lock that is free, and promised to a process that waits, is taken. Blocks for at most the connect timeout and 5 s.
     ///
     /// # Errors
     /// As [`lock`](Self::lock).
