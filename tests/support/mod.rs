@@ -153,17 +153,19 @@ pub fn waits_for(lock: &StorageLock) -> JoinHandle<i64> {
     waiting_thread(move || lock.lock("waiter").expect("lock").version())
 }
 
+/// What the session asked last that listens for a waiter: either the channel or the text after it has its name.
+const LISTENS: &str = "query LIKE 'LISTEN \"storage\\_lock\\_%' || $1 || '%'";
+
 /// How many sessions listen for a storage, and are ready.
 pub fn listeners(client: &mut Client, waiter: Uuid) -> i64 {
-    let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND query = $1";
-    client.query_one(sql, &[&format!("LISTEN \"storage_lock_{waiter}\"")]).expect("read the sessions").get(0)
+    let sql = format!("SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND {LISTENS}");
+    client.query_one(&sql, &[&waiter.to_string()]).expect("read the sessions").get(0)
 }
 
 /// Ends the session that listens for a storage.
 pub fn end_listener(client: &mut Client, waiter: Uuid) {
-    let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE query = $1";
-    let ended: i64 =
-        client.query_one(sql, &[&format!("LISTEN \"storage_lock_{waiter}\"")]).expect("end a session").get(0);
+    let sql = format!("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE {LISTENS}");
+    let ended: i64 = client.query_one(&sql, &[&waiter.to_string()]).expect("end a session").get(0);
     assert_eq!(ended, 1, "nobody listened");
 }
 
