@@ -1,5 +1,6 @@
 //! Threads of one process that wait for one lock.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -267,32 +268,53 @@ fn short_timeouts_behind_each_other_find_the_lock_busy_and_nothing_wrong() {
     });
 }
 
+/// Lets durable commits hang from now on. That a setting was reloaded says little: all sessions hear of this one from the checkpointer,
+/// when it comes to it. So something is committed until a commit hangs.
+fn hang_durable_commits(server: &Server) {
+    server.set("synchronous_standby_names", "nobody");
+    let (mut probe, mut client) = (server.client(), server.client());
+    let pid: i32 = probe.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
+    let is_over = Arc::new(AtomicBool::new(false));
+    let commits = {
+        let is_over = Arc::clone(&is_over);
+        thread::spawn(move || {
+            while !is_over.load(Ordering::SeqCst) {
+                probe.execute("SELECT pg_logical_emit_message(true, 'probe', '')", &[]).unwrap();
+            }
+        })
+    };
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND pid = $1";
+    eventually("a commit hangs", || client.query_one(sql, &[&pid]).unwrap().get::<_, i64>(0) == 1);
+    is_over.store(true, Ordering::SeqCst);
+    // It is committed here, and waits for the standby no longer.
+    client.execute("SELECT pg_cancel_backend($1)", &[&pid]).unwrap();
+    commits.join().unwrap();
+}
+
 /// The answer to the hand-over is lost while the server is still at it.
 #[test]
 fn a_hand_over_that_comes_through_after_its_repetition_leaves_no_lock_behind() {
     let server = Server::start();
     let table = Table::on(&server.dsn);
-    let (proxy, _storage, lock) = counted(&table);
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    // Refreshed so rarely that no refresh hangs in its place.
+    let lock = short_lock(&storage, "l", ms(90_000), ms(30_000));
     let guard = lock.lock("first").unwrap();
     let second = waits_for(&lock);
-    let mut client = server.client();
-    let mut standby = |name: &str| {
-        client.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).unwrap();
-        client.batch_execute("SELECT pg_reload_conf()").unwrap();
-    };
-    // Durable commits hang.
-    standby("nobody");
+    hang_durable_commits(&server);
     thread::scope(|scope| {
         let release = scope.spawn(|| takes_at_most(ms(2_500), "unlock", || guard.unlock()));
-        let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        let sql =
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'storage_lock'";
         let mut looking = server.client();
         eventually("the hand-over hangs", || looking.query_one(sql, &[]).unwrap().get::<_, i64>(0) == 1);
         proxy.cut();
         let result = release.join().unwrap();
         assert!(!result.is_err_and(|error| error.is_lease_lost()), "nobody took it away");
     });
-    standby("");
-    // Not for the lease of 30 s.
+    server.set("synchronous_standby_names", "");
+    // Not for the lease of 90 s.
     takes_at_most(Duration::from_secs(10), "the second one's turn", || second.join().unwrap());
 }
 
@@ -393,12 +415,15 @@ fn only_the_last_guard_of_a_hold_hands_over() {
 #[test]
 fn a_waiter_behind_a_hold_that_is_lost_goes_on_waiting_for_the_next_holder() {
     let table = Table::new();
-    let (storage, theirs) = (table.storage(), table.lock("l"));
+    let (proxy, storage, _) = counted(&table);
     let lock = short_lock(&storage, "l", ms(1_500), ms(100));
     let lost = lock.lock("first").unwrap();
     let waiting = waits_for(&lock);
+    // Its process hears of nothing, and can't take the lock itself, until somebody else has.
+    proxy.stall(true, true);
     table.expire("l");
-    let taken = theirs.lock("other").unwrap();
+    let taken = table.lock("l").lock("other").unwrap();
+    proxy.stall(false, false);
     eventually("the loss is noticed", || !lost.is_held());
     // The guard of the lost hold is still there.
     table.hears("l", 1);

@@ -12,7 +12,7 @@ use storage_lock::{LockGuard, PostgresStorage, Result};
 use crate::fence::{LEVELS, begin, set};
 use crate::leaks;
 use crate::support::child::{role, say, wait_for_parent};
-use crate::support::{Table, chain, eventually, is_refreshed, ms, short_lock, takes_at_most, waiting_thread};
+use crate::support::{Table, chain, eventually, is_refreshed, ms, short_lock, takes_at_most, waiting_thread, within};
 
 /// Not a test of its own: the body of every child process.
 #[test]
@@ -32,6 +32,8 @@ fn child_process() {
         ("slow logger", []) => slow_logger(&table),
         ("wait", [lock_id]) => wait(&table, lock_id),
         ("panic", []) => log_to_a_logger_that_panics(&table),
+        ("hand to a shorter lease", [lock_id]) => hand_to_a_shorter_lease(&table, lock_id),
+        ("take with a shorter lease", [lock_id, how]) => take_with_a_shorter_lease(&table, lock_id, how),
         ("cycles", []) => leaks::cycles(&table),
         ("failed connects", [closing]) => leaks::failed_connects(&table, closing.parse().unwrap()),
         ("take turns", [threads, seconds]) => {
@@ -338,6 +340,38 @@ fn wait(table: &Table, lock_id: &str) {
     let guard = lock.lock("child").expect("lock");
     say(guard.version());
     drop(guard);
+}
+
+/// Holds a lock for a minute at a time until it may go on; then a thread with a lease of a second has it.
+fn hand_to_a_shorter_lease(table: &Table, lock_id: &str) {
+    let storage = table.storage();
+    let long = short_lock(&storage, lock_id, ms(60_000), ms(20_000));
+    let short = short_lock(&storage, lock_id, ms(1_000), ms(300));
+    let guard = long.lock("long").expect("lock");
+    let handed = waiting_thread(move || {
+        let guard = short.lock("short").expect("lock");
+        say("handed");
+        guard
+    });
+    say("held");
+    wait_for_parent();
+    drop(guard);
+    let _guard = handed.join().expect("a thread");
+    wait_for_parent();
+}
+
+/// Takes a lock with a lease of a second as soon as it can.
+fn take_with_a_shorter_lease(table: &Table, lock_id: &str, how: &str) {
+    let lock = table.short_lock(lock_id, ms(1_000), ms(300));
+    assert!(lock.try_lock("short").expect("try_lock").is_none());
+    say("ready");
+    let _guard = if how == "lock" {
+        lock.lock("short").expect("lock")
+    } else {
+        within(Duration::from_secs(60), "it is free", || lock.try_lock("short").expect("try_lock"))
+    };
+    say("taken");
+    wait_for_parent();
 }
 
 /// Threads of one process that take one lock as often as they can. Says how often each had it.
