@@ -197,10 +197,12 @@ impl Sql {
         };
         // The first two, and the last.
         let tell = |rows: &str, turn: &str| {
-            let (first, second, last) = (0, GRACE.as_millis(), (GRACE + LONGEST_STEPS).as_millis());
+            let (grace, step, longest) = (GRACE.as_millis(), STEP.as_millis(), LONGEST_STEPS.as_millis());
+            let steps = format!("(place OPERATOR(pg_catalog.-) 2) OPERATOR(pg_catalog.*) {step}");
+            let delay = format!("{grace} OPERATOR(pg_catalog.+) least({steps}, {longest})");
             notify(
                 rows,
-                &format!("CASE place WHEN 1 THEN {first} WHEN 2 THEN {second} ELSE {last} END"),
+                &format!("CASE WHEN place OPERATOR(pg_catalog.=) 1 THEN 0 ELSE {delay} END"),
                 &format!("CASE WHEN place OPERATOR(pg_catalog.<=) 2 THEN {turn} ELSE 0 END"),
                 "place OPERATOR(pg_catalog.<=) 2 OR place OPERATOR(pg_catalog.=) pg_catalog.cardinality(waiters)",
             )

@@ -73,7 +73,7 @@ impl Row {
         told.map(|(place, waiter)| match place {
             0 => (*waiter, Duration::ZERO, turn),
             1 => (*waiter, GRACE, turn),
-            _ => (*waiter, GRACE + LONGEST_STEPS, 0),
+            _ => (*waiter, GRACE + (STEP * (place as u32 - 1)).min(LONGEST_STEPS), 0),
         })
         .collect()
     }
