@@ -89,7 +89,7 @@ pub(crate) struct Busy {
 /// How long it may take, on a busy machine, until whoever was notified has taken the lock.
 const HEARING: Duration = Duration::from_millis(50);
 /// After so long a waiter looks at the lock, whatever it knows.
-const LOOK: Duration = Duration::from_secs(5);
+pub(crate) const LOOK: Duration = Duration::from_secs(5);
 /// More rarely where many stand in the row: a tenth of a second for each, so that all of them together look ten times a second. But no
 /// more rarely than this, as most of them may be dead, and the lock be free.
 const LOOK_OF_MANY: Duration = Duration::from_secs(15);

@@ -52,8 +52,10 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Schedul
 use shuttle::{Config, FailurePersistence, Runner};
 use uuid::Uuid;
 
+use crate::answer::LOOK;
 use crate::hold::Unlocking;
 use crate::session::{Weather, check, end_transaction, release_in_transaction, server, start_server};
+use crate::sql::{GRACE, STEP};
 use crate::sync::{CLOCK_TASK, Instant, Pace, live_threads, random, start_clock, stop_clock, thread};
 use crate::toy::Row;
 use crate::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptions, Result, StorageLock};
@@ -61,7 +63,8 @@ use crate::{Error, LockGuard, LockOptions, PostgresStorage, PostgresStorageOptio
 const MS: Duration = Duration::from_millis(1);
 const LEASE: Duration = Duration::from_secs(2);
 const LONG_LEASE: Duration = Duration::from_secs(30);
-const CALM: Weather = Weather { delay: Duration::ZERO, losses: 0, lost_refreshes: 0, is_deaf: false };
+const CALM: Weather =
+    Weather { delay: Duration::ZERO, losses: 0, lost_refreshes: 0, lost_notifications: 0, is_deaf: false };
 const DEAF: Weather = Weather { is_deaf: true, ..CALM };
 
 /// A scheduler that keeps the clock's thread for when no other one can go on, or, if time passes eagerly, now and then.
@@ -231,7 +234,7 @@ fn whatever_happens() {
 
 #[test]
 fn what_a_guard_says_is_true_whatever_gets_lost_or_late() {
-    let weather = Weather { delay: LEASE / 2, losses: 10, lost_refreshes: 4, is_deaf: false };
+    let weather = Weather { delay: LEASE / 2, losses: 10, lost_refreshes: 4, ..CALM };
     explore(Pace::Eager, weather, whatever_happens);
 }
 
@@ -242,7 +245,7 @@ fn what_a_guard_says_is_true_when_threads_are_stopped() {
 
 #[test]
 fn what_a_guard_says_is_true_when_all_refreshes_are_lost() {
-    explore(Pace::Lazy, Weather { delay: 3 * LEASE, losses: 0, lost_refreshes: 2, is_deaf: true }, whatever_happens);
+    explore(Pace::Lazy, Weather { delay: 3 * LEASE, lost_refreshes: 2, ..DEAF }, whatever_happens);
 }
 
 #[test]
@@ -294,6 +297,74 @@ fn processes_hear_of_each_others_releases() {
         assert!(began.elapsed() < 2_000 * MS, "took {:?}", began.elapsed());
         assert_each_hold_was_ended_once();
         settle(&[&storages[0], &storages[1]]);
+    });
+}
+
+/// Dead processes stand in the row, before, between and behind those who live.
+#[test]
+fn dead_processes_in_the_row_cost_those_who_live_a_look() {
+    explore(Pace::Lazy, CALM, || {
+        let storages = [process(), process(), process()];
+        let [holder, others @ ..] = storages.each_ref().map(|storage| lock_of(storage, LONG_LEASE));
+        let guard = Counted::on(holder.lock("o").expect("the lock"));
+        let waiting: Vec<_> = others
+            .into_iter()
+            .map(|lock| {
+                start(move || {
+                    Counted::on(lock.lock("o").expect("the lock")).unlock().expect("held");
+                })
+            })
+            .collect();
+        for _ in 0..1 + random() % 6 {
+            thread::sleep([0, 1, 16][random() as usize % 3] * MS);
+            server(|server| {
+                let waiters = &mut server.row.as_mut().expect("a row").waiters;
+                waiters.insert(random() as usize % (waiters.len() + 1), Uuid::from_u128(u128::from(random())));
+            });
+        }
+        let released = Instant::now();
+        guard.unlock().expect("held");
+        waiting.into_iter().for_each(|thread| thread.join().unwrap());
+        // Where the first two and the last are dead, nobody is notified who lives: then somebody looks. Each of the two who live may have
+        // dead ones before it.
+        let most = LOOK + 2 * (GRACE + 50 * MS + 6 * STEP);
+        assert!(released.elapsed() <= most, "free beside them: {:?}", released.elapsed());
+        settle(&storages.each_ref());
+    });
+}
+
+/// No notification can be relied on, and who frees a lock by hand sends none.
+#[test]
+fn a_lock_is_found_free_by_whoever_looks_although_nobody_is_notified() {
+    explore(Pace::Lazy, Weather { lost_notifications: 2, ..CALM }, || {
+        let storages = [process(), process(), process()];
+        let [holder, others @ ..] = storages.each_ref().map(|storage| lock_of(storage, LONG_LEASE));
+        let guard = Counted::on(holder.lock("o").expect("the lock"));
+        let waiting: Vec<_> = others
+            .into_iter()
+            .map(|lock| {
+                start(move || {
+                    Counted::on(lock.lock("o").expect("the lock")).unlock().expect("held");
+                })
+            })
+            .collect();
+        thread::sleep([0, 1, 3_000][random() as usize % 3] * MS);
+        let freed = Instant::now();
+        if random().is_multiple_of(2) {
+            guard.unlock().expect("held");
+        } else {
+            server(|server| {
+                server.is_tampered = true;
+                server.unwatch(&guard.0.hold);
+                let row = server.row.as_mut().expect("a row");
+                row.version += 1;
+                row.released_at = Some(freed);
+            });
+            drop(guard.0);
+        }
+        waiting.into_iter().for_each(|thread| thread.join().unwrap());
+        assert!(freed.elapsed() <= 2 * LOOK + 2 * GRACE, "free beside them: {:?}", freed.elapsed());
+        settle(&storages.each_ref());
     });
 }
 

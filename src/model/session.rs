@@ -25,6 +25,8 @@ pub(crate) struct Weather {
     pub(crate) losses: u32,
     /// The same for refreshes, beside those.
     pub(crate) lost_refreshes: u32,
+    /// One notification in so many is lost; none if zero.
+    pub(crate) lost_notifications: u32,
     /// There is a pooler in the way of notifications.
     pub(crate) is_deaf: bool,
 }
@@ -142,7 +144,11 @@ enum Kind {
 }
 
 fn deliver(told: Vec<(Uuid, String)>) {
+    let lost = server(|server| server.weather.lost_notifications);
     for (waiter, payload) in told {
+        if chance(lost) {
+            continue;
+        }
         let inbox = server(|server| server.inboxes.get(&waiter).cloned());
         if let Some(inbox) = inbox {
             lock(&inbox.payloads).push_back(payload);
