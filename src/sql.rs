@@ -263,18 +263,17 @@ impl Sql {
     SELECT *, array_position(waiters, $6) AS place FROM (
         SELECT * FROM queued UNION ALL SELECT * FROM cur WHERE NOT EXISTS (SELECT FROM queued)) AS newest
 )
-SELECT {here}, taken.version, coalesce(taken.lease_expire_time, CASE
-           WHEN {seen_is_free} THEN {seen_free_since} + {grace} ELSE seen.lease_expire_time END),
-       clock_timestamp(), taken.waiters IS NOT NULL, seen.version, seen.owner_id, seen.released_at IS NOT NULL,
-       {seen_is_free}, {seen_may_take}, seen.place, coalesce(cardinality(seen.waiters), 0), {IS_IN_TIME},
-       CASE WHEN $6 IS NOT NULL AND {seen_is_free} AND {seen_is_lapsed} AND NOT {seen_may_take} AND {IS_IN_TIME}
+SELECT {here}, taken.version, taken.lease_expire_time, clock_timestamp(), taken.waiters IS NOT NULL,
+       seen.version, seen.owner_id, seen.released_at, seen.lease_expire_time,
+       seen.place, coalesce(cardinality(seen.waiters), 0), {IS_IN_TIME},
+       CASE WHEN taken.version IS NULL AND $6 IS NOT NULL AND {IS_IN_TIME}
+                 AND {seen_is_free} AND {seen_is_lapsed} AND NOT {seen_may_take}
             THEN {told} END
 FROM (VALUES (1)) AS one LEFT JOIN seen ON true LEFT JOIN taken ON true",
                     lease = lease_from_now("$4"),
                     may_take = may_take(""),
                     is_lapsed = is_lapsed("lock."),
                     seen_is_free = is_free("seen."),
-                    seen_free_since = free_since("seen."),
                     seen_is_lapsed = is_lapsed("seen."),
                     seen_may_take = may_take("seen."),
                     told = notify(
