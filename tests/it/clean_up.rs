@@ -1,10 +1,12 @@
 //! What is left where a request comes late, or its answer never: no hold and no place in the row stay there for nobody.
 
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, StorageLock};
-use uuid::Uuid;
 
 use crate::free::{side_by_side, stands_in_the_row};
 use crate::support::proxy::Proxy;
@@ -379,30 +381,42 @@ fn a_waiter_whose_answer_is_swallowed_leaves_nothing_behind() {
     });
 }
 
-/// A role of its own, which can be let in and shut out.
-struct Role<'a> {
-    table: &'a Table,
-    name: String,
+/// Stands before a proxy. While it is closed, what connects is cut at once.
+struct Gate {
+    dsn: String,
+    is_closed: Arc<AtomicBool>,
 }
 
-impl Role<'_> {
-    fn of(table: &Table) -> Role<'_> {
-        let name = format!("it_{}", Uuid::new_v4().simple());
-        table.client().batch_execute(&format!("CREATE ROLE {name} LOGIN SUPERUSER PASSWORD 'w'")).unwrap();
-        Role { table, name }
+impl Gate {
+    fn before(proxy: &Proxy) -> Gate {
+        let port = |dsn: &str| dsn.parse::<postgres::Config>().unwrap().get_ports()[0];
+        let (inner, listener) = (port(&proxy.dsn), TcpListener::bind("127.0.0.1:0").unwrap());
+        let outer = listener.local_addr().unwrap().port();
+        let is_closed = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&is_closed);
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", inner)) else { return };
+                if asked.load(Ordering::SeqCst) {
+                    continue;
+                }
+                for (mut from, mut to) in [
+                    (client.try_clone().unwrap(), server.try_clone().unwrap()),
+                    (server.try_clone().unwrap(), client.try_clone().unwrap()),
+                ] {
+                    thread::spawn(move || {
+                        std::io::copy(&mut from, &mut to).ok();
+                        from.shutdown(Shutdown::Both).ok();
+                        to.shutdown(Shutdown::Both).ok();
+                    });
+                }
+            }
+        });
+        Gate { dsn: proxy.dsn.replace(&format!("port={inner}"), &format!("port={outer}")), is_closed }
     }
 
-    fn let_in(&self, is_let_in: bool) {
-        let login = if is_let_in { "LOGIN" } else { "NOLOGIN" };
-        self.table.client().batch_execute(&format!("ALTER ROLE {} {login}", self.name)).unwrap();
-    }
-}
-
-impl Drop for Role<'_> {
-    fn drop(&mut self) {
-        if let Ok(mut client) = postgres::Client::connect(&self.table.dsn, postgres::NoTls) {
-            client.batch_execute(&format!("DROP ROLE {}", self.name)).ok();
-        }
+    fn close(&self, is_closed: bool) {
+        self.is_closed.store(is_closed, Ordering::SeqCst);
     }
 }
 
@@ -423,33 +437,28 @@ fn a_wait_that_ends_while_nothing_can_be_opened_leaves_no_place_behind() {
     side_by_side(&cases, |&(cut, seconds)| {
         let table = Table::new();
         let _guard = long_lock(&table.storage()).lock("holder").unwrap();
-        let role = Role::of(&table);
-        let proxy = Proxy::to(&format!("{} user={} password=w", table.dsn, role.name));
-        let storage = Table::of(&proxy.dsn, &table.name).storage();
+        let proxy = Proxy::to(&table.dsn);
+        let gate = Gate::before(&proxy);
+        let storage = Table::of(&gate.dsn, &table.name).storage();
         drop(StorageLock::new(&storage, "another").unwrap().lock("warm-up").unwrap());
         let lock = StorageLock::new(&storage, "l").unwrap();
         thread::scope(|scope| {
             if matches!(cut, Cut::Answer) {
                 proxy.lose_answer_to(ACQUIRE);
-                role.let_in(false);
+                gate.close(true);
             }
             let waiting = scope.spawn(|| is_timeout(lock.try_lock_for("ours", ms(1_500))));
             if matches!(cut, Cut::All) {
                 table.hears("l", 1);
-                role.let_in(false);
+                gate.close(true);
                 proxy.cut();
             }
             assert!(takes_at_most(ms(3_000), "the wait", || waiting.join().unwrap()));
         });
         assert_eq!(table.waiters("l").len(), 1, "it was never there");
         thread::sleep(Duration::from_secs(seconds));
-        role.let_in(true);
+        gate.close(false);
         nobody_waits(&table);
-        drop((lock, storage));
-        eventually("its sessions are gone", || {
-            let sql = "SELECT count(*) FROM pg_stat_activity WHERE usename = $1";
-            table.client().query_one(sql, &[&role.name]).unwrap().get::<_, i64>(0) == 0
-        });
     });
 }
 

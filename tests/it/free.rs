@@ -89,6 +89,7 @@ fn waits(lock: &StorageLock) -> Waiting {
 #[track_caller]
 fn has_it_within(bound: Duration, free: Instant, (end, guard): WaitEnd, case: impl Debug) -> LockGuard {
     let late = end.saturating_duration_since(free);
+    println!("TOOK {late:?} {case:?}");
     let is_soon = late <= bound && guard.is_some();
     assert!(is_soon, "{case:?}: it stood {late:?} beside a free lock, and had it then: {}", guard.is_some());
     guard.expect("the lock")
