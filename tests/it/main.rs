@@ -12,6 +12,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod clean_up;
 mod connections;
 mod events;
 mod examples;
