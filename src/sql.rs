@@ -156,14 +156,18 @@ impl Sql {
         // Tells the waiters in the rows of a CTE, each on its channel, at which place it stands.
         let tell = |rows: &str| {
             format!(
-                "(SELECT count(pg_notify('{CHANNEL}' || waiter, place || ' ' || $1))
-        FROM {rows}, unnest(waiters) WITH ORDINALITY AS told (waiter, place))"
+                "(SELECT pg_catalog.count(pg_catalog.pg_notify('{CHANNEL}' OPERATOR(pg_catalog.||) waiter,
+            place OPERATOR(pg_catalog.||) ' ' OPERATOR(pg_catalog.||) $1))
+        FROM {rows}, pg_catalog.unnest(waiters) WITH ORDINALITY AS told (waiter, place))"
             )
         };
         // $1 lock, $2 version, $3 lease id as text, which every driver can send. It runs in the caller's session, whose search path decides
-        // what an operator or a type is that doesn't name its schema.
+        // what a function, an operator or a type is that doesn't name its schema.
         let own = "lock_id OPERATOR(pg_catalog.=) $1 AND version OPERATOR(pg_catalog.=) $2 \
                    AND lease_id OPERATOR(pg_catalog.=) $3::pg_catalog.text::pg_catalog.uuid";
+        // Written by this transaction itself, and not by a subtransaction of it, which a savepoint begins.
+        let is_whole = "xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) \
+                        (pg_catalog.txid_current() OPERATOR(pg_catalog.%) 4294967296)";
         // A row is the proof.
         let fence = format!("SELECT version FROM {table} WHERE {own} AND released_at IS NULL FOR KEY SHARE");
         Sql {
@@ -308,20 +312,22 @@ SELECT {here}, EXISTS (SELECT FROM gone) OR NOT coalesce((SELECT $2 = ANY (waite
                 )
             }),
             fence: fence.clone(),
-            // The same parameters. False in a savepoint, where what is written is a subtransaction's.
+            // The same parameters. False in a savepoint.
             unlock_in: format!(
                 "WITH own AS MATERIALIZED (
     {fence}
 ), released AS (
-    UPDATE {table} SET released_at = clock_timestamp()
+    UPDATE {table} SET released_at = pg_catalog.clock_timestamp()
     WHERE {own} AND EXISTS (SELECT FROM own) AND released_at IS NULL
-    RETURNING waiters, xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) txid_current() % 4294967296 AS is_whole
+    RETURNING waiters, {is_whole} AS is_whole
 )
 SELECT (SELECT is_whole FROM released), {told}",
                 told = tell("released"),
             ),
-            // The same parameters. Whether the transaction still releases the hold.
-            is_unlocked_in: format!("SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL"),
+            // The same parameters. Whether it is this transaction that releases the hold, still: another one on the same connection may have.
+            is_unlocked_in: format!(
+                "SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL AND {is_whole}"
+            ),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
             list: format!(
                 "SELECT {information} FROM {table}
