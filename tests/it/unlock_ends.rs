@@ -183,7 +183,7 @@ fn a_prepared_transaction_is_open_until_it_is_ended() {
                 other.batch_execute(&format!("{ending} PREPARED '{name}'")).unwrap();
                 let new = table.lock(&name).lock("worker-2").unwrap();
                 // Comes back because it is over.
-                assert!(!takes_at_most(ms(10_000), "a refresh", || guard.lost().wait_for(Duration::MAX)));
+                assert!(!takes_at_most(ms(10_000), "a refresh", || guard.lost().wait_for(ms(15_000))));
                 assert!(new.is_held());
             });
         }
@@ -208,7 +208,7 @@ fn a_prepared_transaction_that_nobody_ends_loses_the_hold_at_its_deadline() {
     transaction.batch_execute("PREPARE TRANSACTION 'p'").unwrap();
     untrusted(&guard, || {
         end(transaction, End::Drop).unwrap();
-        assert!(takes_at_most(ms(4_000), "the loss", || guard.lost().wait_for(Duration::MAX)));
+        assert!(takes_at_most(ms(4_500), "the loss", || guard.lost().wait_for(ms(6_000))));
         other.batch_execute("ROLLBACK PREPARED 'p'").unwrap();
         thread::sleep(ms(300));
     });
@@ -239,7 +239,7 @@ fn an_end_that_comes_late_counts_when_it_has_come() {
             untrusted(&guard, || {
                 proxy.deliver();
                 let new = table.lock("l").lock("worker-2").unwrap();
-                assert!(!takes_at_most(ms(10_000), "a refresh", || guard.lost().wait_for(Duration::MAX)));
+                assert!(!takes_at_most(ms(10_000), "a refresh", || guard.lost().wait_for(ms(15_000))));
                 assert!(new.is_held());
             });
         } else {
@@ -281,7 +281,7 @@ fn a_transaction_that_is_forgotten_is_open_and_loses_the_hold_at_its_deadline() 
         untrusted(&guard, || {
             client.batch_execute(text).unwrap();
             let new = (text == "COMMIT").then(|| table.lock("l").lock("worker-2").unwrap());
-            assert!(takes_at_most(ms(2_500), "the loss", || guard.lost().wait_for(Duration::MAX)));
+            assert!(takes_at_most(ms(2_500), "the loss", || guard.lost().wait_for(ms(5_000))));
             assert!(new.is_none_or(|new| new.is_held()));
         });
         drop(client);
@@ -397,5 +397,5 @@ fn a_refresh_from_before_the_end_that_is_answered_after_it_proves_nothing() {
     });
     assert!(new.is_held());
     proxy.stall(false, false);
-    assert!(!takes_at_most(ms(10_000), "a refresh", || guard.lost().wait_for(Duration::MAX)));
+    assert!(!takes_at_most(ms(10_000), "a refresh", || guard.lost().wait_for(ms(15_000))));
 }

@@ -415,6 +415,96 @@ fn it_leaves_the_transactions_settings_alone() {
     transaction.commit().unwrap();
 }
 
+/// Makes all that PostgreSQL has of these names, of simple types, fail for who has the schema `evil` first in its search path.
+fn shadow(client: &mut Client, evil: &str) {
+    let create = "
+        CREATE SCHEMA evil;
+        CREATE FUNCTION evil.fails(bigint) RETURNS bigint LANGUAGE plpgsql AS 'BEGIN RAISE ''shadowed''; END';
+        CREATE AGGREGATE evil.count (\"any\") (
+            SFUNC = pg_catalog.int8inc_any, STYPE = bigint, INITCOND = '0', FINALFUNC = evil.fails);
+        CREATE AGGREGATE evil.count (*) (SFUNC = pg_catalog.int8inc, STYPE = bigint, INITCOND = '0', FINALFUNC = evil.fails);
+        DO $do$
+        DECLARE
+            simple CONSTANT regtype[] := '{text,bigint,integer,uuid,uuid[],xid,xid8,boolean,timestamptz,anyelement,anynonarray,anyarray}';
+            it record;
+        BEGIN
+            FOR it IN SELECT proname, proretset, prorettype::regtype AS returns,
+                    array_to_string(ARRAY(SELECT unnest(proargtypes)::regtype), ', ') AS arguments
+                FROM pg_proc
+                WHERE pronamespace = 'pg_catalog'::regnamespace AND prokind = 'f' AND proargmodes IS NULL
+                  AND proargtypes::oid[] <@ simple::oid[]
+                  AND (prorettype = ANY (simple) OR prorettype = 'void'::regtype)
+                  AND proname IN ('clock_timestamp', 'now', 'pg_notify', 'unnest', 'txid_current', 'pg_current_xact_id', 'right', 'left',
+                                  'concat', 'array_remove', 'array_append', 'array_position', 'cardinality', 'gen_random_uuid')
+            LOOP
+                EXECUTE format('CREATE FUNCTION evil.%I(%s) RETURNS %s %s LANGUAGE plpgsql AS $f$BEGIN RAISE ''shadowed %s''; END$f$',
+                    it.proname, it.arguments, CASE WHEN it.proretset THEN 'SETOF' END, it.returns, it.proname);
+            END LOOP;
+            FOR it IN SELECT DISTINCT oprname, l::text AS l, r::text AS r
+                FROM pg_operator, unnest(ARRAY[oprleft::regtype]) AS l, unnest(ARRAY[oprright::regtype]) AS r
+                WHERE oprnamespace = 'pg_catalog'::regnamespace AND oprleft = ANY (simple) AND oprright = ANY (simple)
+                UNION SELECT '||', l, r FROM unnest('{text,bigint,uuid}'::text[]) AS l, unnest('{text,bigint,uuid}'::text[]) AS r
+            LOOP
+                EXECUTE format('CREATE OR REPLACE FUNCTION evil.operator(%s, %s) RETURNS boolean LANGUAGE plpgsql AS
+                    ''BEGIN RAISE ''''a shadowed operator''''; END''', it.l, it.r);
+                EXECUTE format('CREATE OPERATOR evil.%s (FUNCTION = evil.operator, LEFTARG = %s, RIGHTARG = %s)', it.oprname, it.l, it.r);
+            END LOOP;
+            FOR it IN SELECT unnest('{text,uuid,int8,int4,timestamptz,xid,bool}'::text[]) AS name LOOP
+                EXECUTE format('CREATE DOMAIN evil.%I AS pg_catalog.%I CHECK (false)',
+                    it.name, it.name);
+            END LOOP;
+        END
+        $do$";
+    client.batch_execute(&create.replace("evil", evil)).unwrap();
+    client.batch_execute(&format!("SET search_path = {evil}, pg_catalog, public")).unwrap();
+    for fails in [
+        "clock_timestamp()",
+        "count(1)",
+        "count(pg_catalog.pg_notify('a', 'b'))",
+        "pg_notify('a', 'b')",
+        "txid_current()",
+    ]
+    .into_iter()
+    .chain([
+        "'a' || pg_catalog.gen_random_uuid()",
+        "7::bigint % 3::bigint",
+        "1::bigint = 1::bigint",
+        "'a'::text",
+        "'a'::uuid",
+    ])
+    .chain(["(SELECT a FROM unnest(ARRAY[pg_catalog.gen_random_uuid()]) WITH ORDINALITY AS t (a, b))"])
+    {
+        let mut transaction = client.transaction().unwrap();
+        let result = transaction.query(&format!("SELECT {fails}"), &[]);
+        assert!(result.is_err(), "{fails} isn't shadowed");
+    }
+}
+
+/// The search path of the caller's session is the caller's, and may have anything in it.
+#[test]
+fn nothing_in_the_callers_search_path_changes_what_a_release_or_a_fence_does() {
+    for level in LEVELS {
+        let table = Table::new();
+        let evil = format!("{}_evil", table.name);
+        let (ours, theirs, mut client) = (table.lock("l"), table.lock("l"), table.client());
+        shadow(&mut client, &evil);
+        let guard = ours.lock("worker-1").unwrap();
+        let mut transaction = begin(&mut client, level);
+        guard.fence(&mut transaction).unwrap();
+        guard.fence_past_deadline(&mut transaction).unwrap();
+        transaction.commit().unwrap();
+        guard.unlock_in(begin(&mut client, level)).unwrap().rollback().unwrap();
+        assert!(guard.is_held());
+        // With somebody to notify.
+        let waits = waits_for(&theirs);
+        eventually("it stands in the row", || table.waiters("l").len() == 1);
+        releasing(&guard, &mut client, level, |transaction| transaction.commit()).unwrap();
+        assert_eq!(takes_at_most(ms(5_000), "the hand-over", || waits.join().unwrap()), 2);
+        assert!(!guard.is_held() && !guard.lost().is_lost());
+        client.batch_execute(&format!("RESET search_path; DROP SCHEMA {evil} CASCADE")).unwrap();
+    }
+}
+
 #[test]
 fn a_transaction_that_stays_open_for_longer_than_the_lease_loses_the_hold_and_releases_the_lock_all_the_same() {
     let table = Table::new();
