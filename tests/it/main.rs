@@ -38,5 +38,6 @@ mod table;
 mod tidy;
 mod told;
 mod trigger;
+mod unlock_ends;
 mod unlock_in;
 mod waiting;
