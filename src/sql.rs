@@ -555,7 +555,7 @@ mod tests {
     /// What of a statement depends on the search path: functions, operators and types that don't say that they are PostgreSQL's own.
     fn unqualified(text: &str) -> Vec<String> {
         // Syntax, none of which stands for an operator, as `IN`, `BETWEEN`, `nullif` or `CASE x WHEN` would.
-        const SYNTAX: [&str; 26] = [
+        const SYNTAX: [&str; 27] = [
             "WITH",
             "AS",
             "MATERIALIZED",
@@ -582,6 +582,7 @@ mod tests {
             "ELSE",
             "END",
             "coalesce",
+            "least",
         ];
         let mut text = unquoted(text);
         // An assignment is no comparison.
