@@ -17,7 +17,7 @@ use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::support::{Table, eventually, is_refreshed, ms, short_lock, takes_at_most, waits_for};
 
-/// Nobody waits for so long where one of the first is alive, and nothing else is hurt. What is promised is a tenth of it.
+/// Nobody waits for so long where one of the first is alive, and nothing else is hurt. What is promised is less.
 const SOON: Duration = Duration::from_secs(1);
 /// A look every 5 s, and what follows it.
 const LOOK: Duration = Duration::from_secs(7);
@@ -89,7 +89,6 @@ fn waits(lock: &StorageLock) -> Waiting {
 #[track_caller]
 fn has_it_within(bound: Duration, free: Instant, (end, guard): WaitEnd, case: impl Debug) -> LockGuard {
     let late = end.saturating_duration_since(free);
-    println!("TOOK {late:?} {case:?}");
     let is_soon = late <= bound && guard.is_some();
     assert!(is_soon, "{case:?}: it stood {late:?} beside a free lock, and had it then: {}", guard.is_some());
     guard.expect("the lock")
@@ -110,7 +109,7 @@ pub fn hold_of_the_dead(table: &Table, lease: Duration) {
     assert_eq!(table.execute(&sql.replace("$MS", &lease.as_millis().to_string())), 1);
 }
 
-/// Changes who waits for lock "l". In the expression $D stands for a dead process, $D(n) for n of them, $B for a live one.
+/// Changes who waits for lock "l". In SQL, $D stands for a dead process, $D(n) for n of them, $B for a live one.
 fn set_waiters(table: &Table, waiters: &str, live: Uuid) {
     let mut sql = waiters.replace("$B", &format!("'{live}'::uuid"));
     while let Some((before, rest)) = sql.split_once("$D(") {
@@ -378,7 +377,8 @@ fn who_waits_behind_processes_that_were_killed_is_not_overtaken_for_ever() {
 fn a_lock_that_is_freed_by_hand_is_taken_after_a_look() {
     const FREED: [&str; 14] = [
         "UPDATE $T SET version = version + 1, lease_id = gen_random_uuid(), released_at = clock_timestamp()",
-        "UPDATE $T SET version = version + 1000, lease_id = gen_random_uuid(), released_at = clock_timestamp(), waiters = NULL",
+        "UPDATE $T SET version = version + 1000, lease_id = gen_random_uuid(),
+             released_at = clock_timestamp(), waiters = NULL",
         "UPDATE $T SET released_at = clock_timestamp()",
         "UPDATE $T SET released_at = clock_timestamp() - interval '1 day'",
         "UPDATE $T SET lease_expire_time = clock_timestamp()",
@@ -386,12 +386,13 @@ fn a_lock_that_is_freed_by_hand_is_taken_after_a_look() {
         "UPDATE $T SET waiters = NULL, released_at = clock_timestamp()",
         "UPDATE $T SET waiters = '{}', lease_expire_time = clock_timestamp()",
         "UPDATE $T SET waiters = gen_random_uuid() || waiters, lease_expire_time = clock_timestamp()",
-        "UPDATE $T SET waiters = ARRAY[gen_random_uuid()] || waiters || gen_random_uuid(), released_at = clock_timestamp()",
+        "UPDATE $T SET waiters = gen_random_uuid() || waiters || gen_random_uuid(), released_at = clock_timestamp()",
         "UPDATE $T SET released_at = 'infinity'",
         "UPDATE $T SET waiters = gen_random_uuid() || waiters, released_at = '2099-01-01'",
         "DELETE FROM $T",
         "WITH gone AS (DELETE FROM $T RETURNING *) INSERT INTO $T
-         SELECT lock_id, version + 1, owner_id, gen_random_uuid(), lock_begin_time, lease_expire_time, clock_timestamp() FROM gone",
+         SELECT lock_id, version + 1, owner_id, gen_random_uuid(), lock_begin_time, lease_expire_time, clock_timestamp()
+         FROM gone",
     ];
     // With what may have been told before, by nobody knows whom.
     let misled = [FREED[0], FREED[2], FREED[4], FREED[9]].map(|sql| (sql, true));
