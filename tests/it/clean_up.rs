@@ -245,7 +245,11 @@ fn an_acquire_whose_answer_is_swallowed_ends_in_time_and_leaves_no_lock_behind()
             // It may go on, and have it.
             _ => {
                 let result = takes_at_most(Duration::from_secs(16), case, || lock.lock("ours"));
-                assert!(result.is_ok_and(|guard| guard.unlock().is_ok()) || is_timeout(lock.try_lock("ours")));
+                let result = result.map(|guard| {
+                    drop(guard);
+                    None
+                });
+                assert!(is_timeout(result));
             }
         }
         assert!(ours.proxy.has_swallowed());
