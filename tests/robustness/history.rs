@@ -71,6 +71,8 @@ pub enum Call {
     Acquire {
         lock: String,
         how: How,
+        /// What its hold's lease is.
+        lease: Nanos,
     },
     /// Asks `is_held` and `remaining`.
     Look {
@@ -219,6 +221,13 @@ pub struct Operation {
     pub end: Option<(Nanos, Outcome)>,
 }
 
+impl Kind {
+    /// Whether it hurts calls. The others change what waiting processes find or are told, or end one hold.
+    pub fn hurts_calls(&self) -> bool {
+        !matches!(self, Kind::Harmless | Kind::Freed { .. } | Kind::DeadWaiters(_) | Kind::Misled)
+    }
+}
+
 impl Operation {
     pub fn outcome(&self) -> Option<&Outcome> {
         self.end.as_ref().map(|(_, outcome)| outcome)
@@ -282,6 +291,16 @@ pub enum Kind {
     Crashed,
     /// Commits on this lock were undone, as by a restore from a backup; on any, if it has no name.
     Undone(String),
+    /// Somebody ended the hold of this version by hand. Its row has the next version since, where `moves`.
+    Freed {
+        lock: String,
+        version: i64,
+        moves: bool,
+    },
+    /// Processes that don't exist were put among those that wait for this lock.
+    DeadWaiters(String),
+    /// What waiting processes are told was lost, or was false.
+    Misled,
     Other,
 }
 
@@ -315,6 +334,8 @@ pub struct History {
     pub begin: Nanos,
     /// When the last fault was over.
     pub healed: Nanos,
+    /// Until then no other run hurt the server.
+    pub alone_until: Nanos,
     pub end: Nanos,
 }
 
