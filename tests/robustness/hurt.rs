@@ -295,10 +295,10 @@ impl Plan {
                 } else {
                     texts[1..].choose(random).copied().expect("one of four")
                 };
-                let keep = Hurt::KeepRequest { with, by: random.random_range(ms(300)..ms(4_000)) };
+                let keep = Hurt::KeepRequest { with, by: random.random_range(ms(300)..ms(3_500)) };
                 let all = [
                     (keep, ms(1_000)),
-                    (Hurt::SwallowAnswers { with }, random.random_range(ms(1_000)..ms(5_500))),
+                    (Hurt::SwallowAnswers { with }, random.random_range(ms(1_000)..ms(3_500))),
                     (Hurt::Cut, ms(0)),
                     (lost, ms(200)),
                     (late, FRESH_TIME),

@@ -109,6 +109,12 @@ pub struct Counts {
     pub refused: usize,
     /// Those of them that came when a newer hold had been taken: what a fence is for.
     pub refused_late: usize,
+    /// Free times of a lock beside somebody who waited for it, and the longest of them.
+    pub free: usize,
+    pub longest_free: Duration,
+    /// Those of them that nothing had hurt.
+    pub free_quietly: usize,
+    pub longest_quietly: Duration,
 }
 
 impl std::ops::AddAssign for Counts {
@@ -123,16 +129,23 @@ impl std::ops::AddAssign for Counts {
         self.writes += other.writes;
         self.refused += other.refused;
         self.refused_late += other.refused_late;
+        self.free += other.free;
+        self.longest_free = self.longest_free.max(other.longest_free);
+        self.free_quietly += other.free_quietly;
+        self.longest_quietly = self.longest_quietly.max(other.longest_quietly);
     }
 }
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, writes, refused, refused_late } = self;
+        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, .. } = self;
+        let Counts { writes, refused, refused_late, free, longest_free, free_quietly, longest_quietly, .. } = self;
         write!(
             f,
             "{holds} holds, {takeovers} takeovers, {lost} losses, {calls} calls ({unanswered} unanswered), \
-             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer hold)"
+             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer hold), \
+             {free} times free beside a waiter (for {longest_free:.1?} at most; {free_quietly} of them unhurt, \
+             for {longest_quietly:.1?})"
         )
     }
 }
@@ -236,9 +249,11 @@ pub fn judge(history: &History, times: Times) -> (Vec<Violation>, Counts) {
     judge.nothing_refused_for_nothing(&mut found);
     judge.no_hold_lost_for_nothing(&mut found);
     judge.no_write_refused_for_nothing(&mut found);
-    judge.no_free_lock_beside_a_waiter(&mut found);
+    let free = judge.no_free_lock_beside_a_waiter(&mut found);
     found.0.sort_by_key(|violation| (violation.rule, violation.at));
-    (found.0, judge.counts())
+    let mut counts = judge.counts();
+    counts += free;
+    (found.0, counts)
 }
 
 fn holds(history: &History) -> BTreeMap<&str, Vec<Hold<'_>>> {

@@ -14,7 +14,8 @@ struct Free {
 }
 
 impl<'a> Judge<'a> {
-    pub(super) fn no_free_lock_beside_a_waiter(&self, found: &mut Found) {
+    pub(super) fn no_free_lock_beside_a_waiter(&self, found: &mut Found) -> Counts {
+        let mut counts = Counts::default();
         for (lock, holds) in &self.holds {
             // Versions that come twice tell nothing of what was between them.
             if self.undone(lock).next().is_some() {
@@ -27,6 +28,15 @@ impl<'a> Judge<'a> {
                     continue;
                 };
                 let is_quiet = self.is_quiet(lock, from, until);
+                if until > from {
+                    let length = Duration::from_nanos(until - from);
+                    counts.free += 1;
+                    counts.longest_free = counts.longest_free.max(length);
+                    if is_quiet {
+                        counts.free_quietly += 1;
+                        counts.longest_quietly = counts.longest_quietly.max(length);
+                    }
+                }
                 if until - from > nanos(if is_quiet { GRACE } else { LOOK }) {
                     let (at, quiet) = (|at| self.history.at(at), if is_quiet { ", and nothing had hurt" } else { "" });
                     let text = format!(
@@ -40,10 +50,11 @@ impl<'a> Judge<'a> {
                         at(from),
                         at(until),
                     );
-                    found.add(9, until, Some(lock), text);
+                    found.add(9, from, Some(lock), text);
                 }
             }
         }
+        counts
     }
 
     /// From when each version's hold is over for certain to when the next one may have begun.
