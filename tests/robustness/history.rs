@@ -389,10 +389,22 @@ impl History {
                 lines.push((fault.begin, format!("{} — {}  FAULT {fault}", self.at(fault.begin), self.at(fault.end))));
             }
         }
+        // Looks repeat each other.
+        const SELDOM: Nanos = 200_000_000;
+        let mut looks: HashMap<(usize, u32, i64), Nanos> = HashMap::new();
+        let mut repeats = |look: &Operation| match (&look.call, look.outcome()) {
+            (Call::Look { version, .. }, Some(Outcome::Held(_))) => {
+                let last = looks.entry((look.process, look.thread, *version)).or_insert(0);
+                let is_soon = look.begin < *last + SELDOM;
+                *last = if is_soon { *last } else { look.begin };
+                is_soon
+            }
+            _ => false,
+        };
         for operation in &self.operations {
             let end = operation.end.as_ref().map_or(Nanos::MAX, |(end, _)| *end);
             let is_of_lock = lock.is_none() || operation.call.lock() == lock;
-            if is_of_lock && operation.begin < until && end > from {
+            if is_of_lock && operation.begin < until && end > from && !repeats(operation) {
                 let end = operation
                     .end
                     .as_ref()
@@ -403,7 +415,6 @@ impl History {
             }
         }
         lines.sort();
-        // Looks repeat each other.
         const MOST: usize = 150;
         let skipped = lines.len().saturating_sub(MOST);
         let near = lines.partition_point(|(at, _)| *at <= around);
