@@ -18,7 +18,7 @@ use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::verdict::{Counts, LOOK, Times, Violation, judge};
-use crate::workload::{HOT, Habits, QUEUE, Setting, register_ddl};
+use crate::workload::{FOLLOW_UP, HOT, Habits, QUEUE, Setting, register_ddl};
 
 pub const TIMES: Times =
     Times { lease: ms(2_000), longest_lease: ms(3_000), refresh: ms(400), own_lease: ms(15_000), idle: ms(5_000) };
@@ -161,7 +161,7 @@ impl Run {
         used: Vec<&'static str>,
         look: impl FnOnce(&History),
     ) -> Report {
-        history.lives = workers.end(TIMES.own_lease + Duration::from_secs(20));
+        history.lives = workers.end(TIMES.own_lease.max(FOLLOW_UP) + ms(20_000));
         for process in 0..history.lives.len() {
             history.read(process, &history_of(&self.folder, process));
         }

@@ -50,6 +50,8 @@ const CALL_LIMIT: Duration = ms(1_000 + 250 + 5_000);
 const RELEASE_LIMIT: Duration = ms(2_000);
 /// What `try_lock_for` may take beyond its timeout.
 const SLACK: Duration = ms(500);
+/// For how long a request that was given up may still come through, and is followed up.
+pub const FOLLOW_UP: Duration = ms(30_000);
 /// What the names of the library's threads begin with, and those of what it uses.
 const OURS: [&str; 3] = ["lock-", "r2d2-", "tokio-"];
 /// The longest pause within a transaction, in leases: beyond one.
@@ -135,7 +137,7 @@ fn worker_process() {
     let recorder = Recorder::new(&setting.history);
     work(&setting, &recorder, &phase, &abandons, &asked);
     println!("{PREFIX}quiet");
-    let (threads, sockets) = left(Instant::now() + setting.own_lease + Duration::from_secs(10));
+    let (threads, sockets) = left(Instant::now() + setting.own_lease.max(FOLLOW_UP) + ms(10_000));
     recorder.left(threads, sockets);
     std::process::exit(0);
 }
