@@ -101,9 +101,17 @@ impl<'a> Judge<'a> {
         let died = self.history.lives[process].end.filter(|_| self.has_died(process));
         let released = hold.release.and_then(|release| Some((release.begin, release.end.as_ref()?.0)));
         if let Some((begin, end)) = released.filter(|_| hold.was_given_back()) {
-            let mut hurts = self.hurts_of(process);
-            let hurts_it = |(from, over): (Nanos, Nanos)| over + nanos(QUIET) > begin && from < end + nanos(UNWRITTEN);
-            if !hurts.any(hurts_it) {
+            // A drop doesn't say whether it could.
+            let says_so = hold.release.is_some_and(|release| {
+                let how = if let Call::Release { how, .. } = release.call { how } else { Ending::Drop };
+                matches!(how, Ending::Unlock | Ending::UnlockIn { .. }) && release.outcome() == Some(&Outcome::Done)
+            });
+            let is_undone =
+                self.history.faults.iter().any(|fault| {
+                    fault.kind == Kind::Crashed && fault.end > begin && fault.begin < end + nanos(UNWRITTEN)
+                });
+            let hurts_it = |(from, over): (Nanos, Nanos)| over + nanos(QUIET) > begin && from < end;
+            if !is_undone && (says_so || !self.hurts_of(process).any(hurts_it)) {
                 return Some(end);
             }
         }

@@ -29,6 +29,10 @@ fn released_and_taken(end: u64, outcome: Outcome) -> Example {
     example
 }
 
+fn is_release(call: &Operation) -> bool {
+    matches!(call.call, Call::Release { .. })
+}
+
 fn taken(end: u64) -> Example {
     let mut example = released_and_taken(end, Outcome::Taken(2));
     example.limit_of_the_wait();
@@ -76,14 +80,20 @@ fn the_look_is_what_a_waiter_has_where_something_hurt_or_the_dead_stand_in_the_r
         hurt(8_900, kind.clone()).keeps_all();
         hurt(9_100, kind).breaks(9);
     }
-    // A release that something hurts may be over only when its lease has run out.
-    let released_late = |end: u64| {
+    // A drop that something hurts may have come to nothing until the lease has run out, and so may a release that a crash undid.
+    let released = |end: u64, how: Ending, kind: Kind| {
         let mut example = taken(end);
-        example.fault(Kind::Other, Some(0), 2_001, 3_000);
+        let release = example.0.operations.iter_mut().find(|call| call.call.version() == Some(1) && is_release(call));
+        release.unwrap().call = Call::Release { lock: LINE.to_owned(), version: 1, how };
+        example.fault(kind, Some(0), 2_001, 2_900);
         example
     };
-    released_late(6_500).keeps_all();
-    released_late(6_700).breaks(9);
+    for (how, kind) in [(Ending::Drop, Kind::Other), (Ending::Unlock, Kind::Crashed), (Ending::Drop, Kind::Crashed)] {
+        released(6_400, how, kind.clone()).keeps_all();
+        released(12_600, how, kind).breaks(9);
+    }
+    released(6_400, Ending::Unlock, Kind::Other).keeps_all();
+    released(9_100, Ending::Unlock, Kind::Other).breaks(9);
     // What happened long ago has come to an end. The dead stay where they are.
     let hurt_before = |kind: Kind| {
         let mut example = taken(3_200);
