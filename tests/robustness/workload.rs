@@ -218,6 +218,9 @@ impl Worker<'_> {
                 self.wait_in_line();
             }
             println!("{PREFIX}calm {}", self.thread);
+            while is_in(self.phase, CALM) {
+                thread::sleep(ms(10));
+            }
             return;
         }
         while is_in(self.phase, FAULTS) {
