@@ -1,7 +1,8 @@
 //! What is done to the workers, the network, the server and the database: drawn from a seed, several at once.
 //!
-//! There are tracks that run beside each other: one for each worker's process, one for several at once, one for each worker's
-//! network, one for the server, and three for what is done inside the database. A track does one thing after another.
+//! There are tracks that run beside each other: one for each worker's process, one for several at once, one for each
+//! worker's network, one for the server, and three for what is done inside the database. A track does one thing after
+//! another.
 
 mod rows;
 

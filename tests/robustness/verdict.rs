@@ -13,13 +13,19 @@
 //! | 8 | no hold is lost before its deadline; while nothing hurts it is refreshed, and its writes are not refused |
 //! | 9 | no lock is free beside a live waiter for longer than the look; where nothing has hurt, than the grace |
 //!
-//! The **grace**: 1.1 s. A released lock is promised to one of those who wait for 100 ms, and then another one takes it; a second
-//! for a machine that does other things as well. It is asked for where nothing has hurt anybody for [`QUIET`], and nobody dead can
-//! stand in the row. The **look**: 7 s. Whoever waits looks by itself every 5 s, whatever stands in the row, and whatever it was told,
-//! or wasn't; two seconds to take the lock then, behind places that are given 10 ms each and a second at most.
-//! A lock is *free* from when a hold is over for certain (its release has come back and nothing had hurt it; its lease ran out; somebody
-//! freed the row) to when the next version was said to be taken, or could have been without our hearing of it, and only while no other version
-//! was taken between. Time in which the waiter, its network or the server was hurt doesn't count, and begins anew after it.
+//! The **grace** is 1.1 s. A released lock is promised to one of those who wait for 100 ms, and then another one takes
+//! it; the second is for a machine that does other things as well. It is asked for where nothing has hurt anybody for
+//! [`QUIET`], and nobody dead can stand in the row.
+//!
+//! The **look** is 7 s. Whoever waits looks by itself every 5 s, whatever stands in the row, and whatever it was told,
+//! or wasn't. Then it gives those before it 10 ms each, a second at most, and has another one to take the lock.
+//!
+//! A lock is *free* from when a hold is over for certain (its release said so; it was dropped and nothing had hurt; its
+//! lease ran out, with the time that a last refresh may have been on its way; somebody freed the row) to when the next
+//! version was said to be taken, or could have been without our hearing of it, and only where no version was taken
+//! between. Time in which the waiter, its network or the server was hurt, or a transaction may have locked the row,
+//! doesn't count: the bound begins anew after it. One call waits all the time; that somebody else comes and goes is not
+//! asked.
 //!
 //! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
 //! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a
@@ -50,7 +56,8 @@ use crate::workload::{HOT, OWN, QUEUE};
 
 /// What is allowed beyond a promised time, on a machine that does other things as well.
 const SLACK: Duration = Duration::from_millis(1_000);
-/// A lock is free no longer than this beside a live waiter: the look. So long everybody may take to get every lock, beyond a lease.
+/// A lock is free no longer than this beside a live waiter: the look. So long everybody may take to get every lock,
+/// beyond a lease.
 pub const LOOK: Duration = Duration::from_millis(5_000 + 2_000);
 /// The same where nothing has hurt: the grace.
 const GRACE: Duration = Duration::from_millis(100 + 1_000);

@@ -17,12 +17,12 @@ impl<'a> Judge<'a> {
     pub(super) fn no_free_lock_beside_a_waiter(&self, found: &mut Found) -> Counts {
         let mut counts = Counts::default();
         for (lock, holds) in &self.holds {
-            // Versions that come twice tell nothing of what was between them.
-            if self.undone(lock).next().is_some() {
-                continue;
-            }
+            // Versions that come twice tell nothing of what was between them: only the last of their kind are looked
+            // at.
+            let undone = self.undone(lock).map(|(_, end)| end).max().unwrap_or(0);
+            let holds: Vec<&Hold<'_>> = holds.iter().filter(|hold| hold.acquire.begin >= undone).collect();
             let waits: Vec<&Operation> = self.history.operations.iter().filter(|call| waits_for(call, lock)).collect();
-            for free in self.free_times(lock, holds) {
+            for free in self.free_times(lock, &holds, undone) {
                 let beside = waits.iter().map(|wait| (*wait, self.beside(lock, &free, wait)));
                 let Some((wait, (from, until))) = beside.max_by_key(|(_, (from, until))| until - from) else {
                     continue;
@@ -57,8 +57,9 @@ impl<'a> Judge<'a> {
         counts
     }
 
-    /// From when each version's hold is over for certain to when the next one may have begun.
-    fn free_times(&self, lock: &str, holds: &[Hold<'a>]) -> Vec<Free> {
+    /// From when each version's hold is over for certain to when the next one may have begun, of the holds since an
+    /// instant.
+    fn free_times(&self, lock: &str, holds: &[&Hold<'a>], since: Nanos) -> Vec<Free> {
         let mut over: BTreeMap<i64, Nanos> = BTreeMap::new();
         for hold in holds {
             over.extend(self.over_by(hold).map(|from| (hold.version, from)));
@@ -67,7 +68,7 @@ impl<'a> Judge<'a> {
         let mut moved: HashMap<i64, Nanos> = HashMap::new();
         for fault in &self.history.faults {
             let Kind::Freed { lock: of, version, moves } = &fault.kind else { continue };
-            if of == lock {
+            if of == lock && fault.begin >= since {
                 let freed = version + i64::from(*moves);
                 let from = over.entry(freed).or_insert(fault.end);
                 *from = (*from).min(fault.end);
@@ -128,8 +129,9 @@ impl<'a> Judge<'a> {
         Some(last + ON_ITS_WAY + hold.lease())
     }
 
-    /// When a hold can have begun at the earliest, where the lock was free at an instant before: shortly before its call came
-    /// back, unless something kept the answer back. One that was kept back for longer than a lease would have been of no use.
+    /// When a hold can have begun at the earliest, where the lock was free at an instant before: shortly before its
+    /// call came back, unless something kept the answer back. One that was kept back for longer than a lease would have
+    /// been of no use.
     fn may_have_begun(&self, hold: &Hold<'_>, free: Nanos) -> Option<Nanos> {
         let (taken, _) = hold.acquire.end.as_ref()?;
         let keeps_it_back =

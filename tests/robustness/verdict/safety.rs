@@ -90,7 +90,8 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// A hold whose commit was undone, or that somebody ended by hand, is over. Its owner hears of it from its next refresh.
+    /// A hold whose commit was undone, or that somebody ended by hand, is over. Its owner hears of it from its next
+    /// refresh.
     pub(super) fn undone_owners_are_told(&self, found: &mut Found) {
         for hold in self.holds.values().flatten() {
             for (begin, end) in self.undone(hold.lock).chain(self.freed(hold)) {

@@ -15,7 +15,8 @@ fn sound() -> Example {
     example
 }
 
-/// Worker 0 gives a lock back at 2.001 s, and the waiter has waited for it since 1.5 s. It gets it, or gives up, at some time.
+/// Worker 0 gives a lock back at 2.001 s, and the waiter has waited for it since 1.5 s. It gets it, or gives up, at
+/// some time.
 fn released_and_taken(end: u64, outcome: Outcome) -> Example {
     let mut example = sound();
     example.hold(0, LINE, 1, 1_000, 2_000);
@@ -80,7 +81,8 @@ fn the_look_is_what_a_waiter_has_where_something_hurt_or_the_dead_stand_in_the_r
         hurt(8_900, kind.clone()).keeps_all();
         hurt(9_100, kind).breaks(9);
     }
-    // A drop that something hurts may have come to nothing until the lease has run out, and so may a release that a crash undid.
+    // A drop that something hurts may have come to nothing until the lease has run out, and so may a release that a
+    // crash undid.
     let released = |end: u64, how: Ending, kind: Kind| {
         let mut example = taken(end);
         let release = example.0.operations.iter_mut().find(|call| call.call.version() == Some(1) && is_release(call));
@@ -164,6 +166,14 @@ fn a_lock_that_somebody_may_have_had_meanwhile_is_not_free() {
     example.release(WAITER, LINE, 3, 14_010);
     example.0.rows.last_mut().unwrap().version = 3;
     example.keeps_all();
+    // Versions from before commits were undone tell nothing; those since then do.
+    for (at, is_before) in [(1_200, true), (500, false)] {
+        let mut example = taken(9_100);
+        example.0.operations.retain(|call| !matches!(&call.call, Call::Look { lock, .. } if lock == LINE));
+        example.fault(Kind::Undone(LINE.to_owned()), None, at, at + 1);
+        example.fault(Kind::DeadWaiters(LINE.to_owned()), None, at, at + 1);
+        if is_before { example.keeps_all() } else { example.breaks(9) }
+    }
     // Its answer was held back.
     let mut example = taken(14_000);
     example.fault(Kind::Other, Some(WAITER), 3_000, 14_000);

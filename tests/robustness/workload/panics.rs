@@ -1,5 +1,5 @@
-//! A logger and callbacks that panic now and then, as those of any program may. The judge looks for panics: of these nobody
-//! hears, unless the library lets one through.
+//! A logger and callbacks that panic now and then, as those of any program may. The judge looks for panics: of these
+//! nobody hears, unless the library lets one through.
 
 use std::panic;
 
