@@ -224,7 +224,7 @@ pub struct Operation {
 impl Kind {
     /// Whether it hurts calls. The others change what waiting processes find or are told, or end one hold.
     pub fn hurts_calls(&self) -> bool {
-        !matches!(self, Kind::Harmless | Kind::Freed { .. } | Kind::DeadWaiters(_) | Kind::Misled)
+        !matches!(self, Kind::Harmless | Kind::Freed { .. } | Kind::DeadWaiters(..) | Kind::Misled)
     }
 }
 
@@ -297,8 +297,8 @@ pub enum Kind {
         version: i64,
         moves: bool,
     },
-    /// Processes that don't exist were put among those that wait for this lock.
-    DeadWaiters(String),
+    /// So many processes that don't exist were put among those that wait for this lock.
+    DeadWaiters(String, u32),
     /// What waiting processes are told was lost, or was false.
     Misled,
     Other,

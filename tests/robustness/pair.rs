@@ -6,7 +6,7 @@ use crate::history::{Fault, History, Kind, Nanos, now};
 use crate::run::{Run, TIMES, one_at_a_time};
 use crate::support::ms;
 use crate::support::server::Pair;
-use crate::verdict::LOOK;
+use crate::verdict::LONGEST_LOOK;
 use crate::workload::{HOT, Habits, OWN, QUEUE};
 
 /// How long they work before the primary dies, and after the promotion.
@@ -28,7 +28,7 @@ fn the_primary_dies_under_load_and_the_verdict_holds() {
     let faults = vec![Fault { what, kind: Kind::Crashed, worker: None, begin, end: promoted }];
     std::thread::sleep(WORK);
     let mut history = History { begin: run.began, healed: promoted, faults, ..History::default() };
-    workers.calm_down(TIMES.longest_lease + LOOK + ms(500));
+    workers.calm_down(TIMES.longest_lease + LONGEST_LOOK);
     workers.stop(ms(8_000));
     history.alone_until = now();
     let mut gaps = Vec::new();

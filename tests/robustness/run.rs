@@ -17,7 +17,7 @@ use crate::processes::{Workers, history_of, wall_clock};
 use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
-use crate::verdict::{Counts, LOOK, Times, Violation, judge};
+use crate::verdict::{Counts, LONGEST_LOOK, Times, Violation, judge};
 use crate::workload::{FOLLOW_UP, HOT, Habits, QUEUE, Setting, register_ddl};
 
 pub const TIMES: Times =
@@ -76,7 +76,7 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     let mut history = History { begin: run.began, healed: now(), ..History::default() };
     history.faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
     history.faults.sort_by_key(|fault| fault.begin);
-    workers.calm_down(TIMES.longest_lease + LOOK + ms(500));
+    workers.calm_down(TIMES.longest_lease + LONGEST_LOOK);
     workers.stop(ms(8_000));
     run.wait_for_the_last_to_leave_the_rows();
     history.alone_until = now();

@@ -17,8 +17,9 @@
 //! it; the second is for a machine that does other things as well. It is asked for where nothing has hurt anybody for
 //! [`QUIET`], and nobody dead can stand in the row.
 //!
-//! The **look** is 7 s. Whoever waits looks by itself every 5 s, whatever stands in the row, and whatever it was told,
-//! or wasn't. Then it gives those before it 10 ms each, a second at most, and has another one to take the lock.
+//! The **look** is 7 s (and up to 17 s where more than fifty stand in the row). Whoever waits looks by itself every 5
+//! s, whatever stands in the row, and whatever it was told, or wasn't. Then it gives those before it 10 ms each, a
+//! second at most, and has another one to take the lock.
 //!
 //! A lock is *free* from when a hold is over for certain (its release said so; it was dropped and nothing had hurt; its
 //! lease ran out, with the time that a last refresh may have been on its way; somebody freed the row) to when the next
@@ -58,7 +59,9 @@ use crate::workload::{HOT, OWN, QUEUE};
 const SLACK: Duration = Duration::from_millis(1_000);
 /// A lock is free no longer than this beside a live waiter: the look. So long everybody may take to get every lock,
 /// beyond a lease.
-pub const LOOK: Duration = Duration::from_millis(5_000 + 2_000);
+const LOOK: Duration = Duration::from_millis(5_000 + 2_000);
+/// The most where many stand in its row.
+pub const LONGEST_LOOK: Duration = Duration::from_secs(15 + 2);
 /// The same where nothing has hurt: the grace.
 const GRACE: Duration = Duration::from_millis(100 + 1_000);
 /// A connection that was lost is there again, and whoever uses it has looked.
@@ -332,6 +335,20 @@ impl<'a> Judge<'a> {
             if *lock == hold.lock && *version == hold.version)
         };
         self.history.faults.iter().find(is_of).map(|fault| (fault.begin, fault.end))
+    }
+
+    /// How long a lock may be free at most. Where more than fifty stand in a row, each of them looks every tenth of a
+    /// second times their number, up to 15 s; and some of those who were put there may have gone.
+    fn look(&self, lock: &str, until: Nanos) -> Duration {
+        let before = self.history.faults.iter().filter(|fault| fault.begin < until);
+        let dead = before.map(|fault| match &fault.kind {
+            Kind::DeadWaiters(of, count) if of == lock => *count,
+            _ => 0,
+        });
+        // Beside them, those of the run.
+        let stand = dead.sum::<u32>() + 10;
+        LOOK + (Duration::from_millis(100) * stand).clamp(Duration::from_secs(5), Duration::from_secs(15))
+            - Duration::from_secs(5)
     }
 
     /// When commits were last undone after one of the two began and before the other was over, if they were.

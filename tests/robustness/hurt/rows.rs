@@ -34,7 +34,8 @@ const MANY: Range<i32> = 12..301;
 
 /// One of each.
 pub fn draw(random: &mut StdRng) -> [Hurt; 4] {
-    let count = if random.random_bool(0.5) { FEW } else { MANY };
+    // Where many stand in a row they look more seldom.
+    let count = if random.random_bool(0.7) { FEW } else { MANY };
     let placing = [Placing::Before, Placing::Before, Placing::After, Placing::Around];
     let freeing = [Freeing::Moved, Freeing::Released, Freeing::Expired];
     [
@@ -71,7 +72,7 @@ pub fn put_dead_waiters(client: &mut Client, table: &str, count: i32, placing: P
     );
     client.batch_execute(IMPATIENT).ok();
     match client.query(&sql, &[&count, &with_nulls]).as_deref() {
-        Ok([row, ..]) => Kind::DeadWaiters(row.get(0)),
+        Ok([row, ..]) => Kind::DeadWaiters(row.get(0), 2 * count.unsigned_abs()),
         Ok([]) => Kind::Harmless,
         Err(error) if error.code().is_some() => Kind::Harmless,
         // It may have been any.

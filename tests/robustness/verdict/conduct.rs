@@ -7,7 +7,6 @@ use super::*;
 impl<'a> Judge<'a> {
     pub(super) fn everybody_recovers(&self, found: &mut Found) {
         let history = self.history;
-        let until = history.healed + nanos(self.times.longest_lease + LOOK);
         for (process, life) in history.lives.iter().enumerate() {
             if life.ending != Some(LifeEnd::Stopped) {
                 continue;
@@ -19,13 +18,15 @@ impl<'a> Judge<'a> {
                             && operation.taken().is_some()
                             && operation.call.lock().is_some_and(|lock| lock.starts_with(class))
                     });
+                    let recovery = self.times.longest_lease + self.look(class, history.healed);
+                    let until = history.healed + nanos(recovery);
                     let is_in_time = |operation: &Operation| {
                         operation.end.as_ref().is_some_and(|(end, _)| (history.healed..until).contains(end))
                     };
                     let lock = if class == OWN { format!("{OWN}-{process}-{thread}") } else { class.to_owned() };
                     if !taken.any(is_in_time) && !self.release_may_be_lost(&lock) {
                         let text = format!(
-                            "p{process}.{thread} didn't get {class:?} within a lease and {LOOK:?} after the last fault, \
+                            "p{process}.{thread} didn't get {class:?} within {recovery:?} after the last fault, \
                              which was over at {} ms",
                             history.at(history.healed)
                         );

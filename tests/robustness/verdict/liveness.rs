@@ -37,7 +37,7 @@ impl<'a> Judge<'a> {
                         counts.longest_quietly = counts.longest_quietly.max(length);
                     }
                 }
-                if until - from > nanos(if is_quiet { GRACE } else { LOOK }) {
+                if until - from > nanos(if is_quiet { GRACE } else { self.look(lock, until) }) {
                     let (at, quiet) = (|at| self.history.at(at), if is_quiet { ", and nothing had hurt" } else { "" });
                     let text = format!(
                         "{lock:?} was free after version {} from {} to {} ms while p{}.{} waited for it, \
@@ -178,7 +178,7 @@ impl<'a> Judge<'a> {
             let is_near = fault.end + nanos(QUIET) > from && fault.begin < until;
             match &fault.kind {
                 Kind::Harmless => false,
-                Kind::DeadWaiters(of) => of == lock && fault.begin < until,
+                Kind::DeadWaiters(of, _) => of == lock && fault.begin < until,
                 _ => is_near,
             }
         });

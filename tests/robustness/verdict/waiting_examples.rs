@@ -77,10 +77,13 @@ fn the_look_is_what_a_waiter_has_where_something_hurt_or_the_dead_stand_in_the_r
         example.fault(kind, Some(1), 1_900, 1_950);
         example
     };
-    for kind in [Kind::Misled, Kind::Other, Kind::DeadWaiters(LINE.to_owned())] {
+    for kind in [Kind::Misled, Kind::Other, Kind::DeadWaiters(LINE.to_owned(), 9)] {
         hurt(8_900, kind.clone()).keeps_all();
         hurt(9_100, kind).breaks(9);
     }
+    // Many look more seldom: those of the run and 60 every 7 s.
+    hurt(10_900, Kind::DeadWaiters(LINE.to_owned(), 60)).keeps_all();
+    hurt(11_100, Kind::DeadWaiters(LINE.to_owned(), 60)).breaks(9);
     // A drop that something hurts may have come to nothing until the lease has run out, and so may a release that a
     // crash undid.
     let released = |end: u64, how: Ending, kind: Kind| {
@@ -105,8 +108,8 @@ fn the_look_is_what_a_waiter_has_where_something_hurt_or_the_dead_stand_in_the_r
         example
     };
     hurt_before(Kind::Misled).breaks(9);
-    hurt_before(Kind::DeadWaiters(LINE.to_owned())).keeps_all();
-    hurt_before(Kind::DeadWaiters("another".to_owned())).breaks(9);
+    hurt_before(Kind::DeadWaiters(LINE.to_owned(), 9)).keeps_all();
+    hurt_before(Kind::DeadWaiters("another".to_owned(), 9)).breaks(9);
     let died = |lock: &str| {
         let mut example = taken(3_200);
         let ending = Some(LifeEnd::Killed);
@@ -123,7 +126,7 @@ fn time_in_which_a_waiter_or_the_server_was_hurt_does_not_count() {
     // Somebody dead may stand in the row all the time.
     let taken = |end: u64| {
         let mut example = taken(end);
-        example.fault(Kind::DeadWaiters(LINE.to_owned()), None, 1_000, 1_001);
+        example.fault(Kind::DeadWaiters(LINE.to_owned(), 9), None, 1_000, 1_001);
         example
     };
     let hurt = |worker: Option<usize>, kind: Kind| {
@@ -171,7 +174,7 @@ fn a_lock_that_somebody_may_have_had_meanwhile_is_not_free() {
         let mut example = taken(9_100);
         example.0.operations.retain(|call| !matches!(&call.call, Call::Look { lock, .. } if lock == LINE));
         example.fault(Kind::Undone(LINE.to_owned()), None, at, at + 1);
-        example.fault(Kind::DeadWaiters(LINE.to_owned()), None, at, at + 1);
+        example.fault(Kind::DeadWaiters(LINE.to_owned(), 9), None, at, at + 1);
         if is_before { example.keeps_all() } else { example.breaks(9) }
     }
     // Its answer was held back.
@@ -184,7 +187,7 @@ fn a_lock_that_somebody_may_have_had_meanwhile_is_not_free() {
         example.acquire(0, LINE, 1_000, 1_001, Outcome::Taken(1));
         example.look(0, LINE, 1, 1_002, Some(1_800));
         example.fault(Kind::Stopped, Some(0), 1_010, 3_000);
-        example.fault(Kind::DeadWaiters(LINE.to_owned()), None, 1_000, 1_001);
+        example.fault(Kind::DeadWaiters(LINE.to_owned(), 9), None, 1_000, 1_001);
         example.look(0, LINE, 1, 3_100, None);
         example.ask(WAITER, LINE, How::Lock, 1_500, end, Outcome::Taken(2));
         example.release(WAITER, LINE, 2, end + 10);
