@@ -1,11 +1,10 @@
 //! What happens to locks, told to whoever counts it.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::user_code::{self, note};
+use crate::user_code::{self, Callback, note};
 
 /// Something that happened to a lock of a storage, as
 /// [`PostgresStorageOptions::on_event`](crate::PostgresStorageOptions::on_event) is told of it.
@@ -110,26 +109,20 @@ pub enum Event<'a> {
 type OnEvent = dyn Fn(&Event<'_>) + Send + Sync;
 
 /// Whom to tell, if anybody.
-#[derive(Clone, Default)]
-pub(crate) struct Events(Option<Arc<OnEvent>>);
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Events(Callback<OnEvent>);
 
 impl Events {
     pub(crate) fn to(on_event: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Events {
-        Events(Some(Arc::new(on_event)))
+        Events(Callback::to(Arc::new(on_event)))
     }
 
     /// Tells of an event. No mutex may be held: what is called is not ours.
     pub(crate) fn tell<'a>(&self, event: impl FnOnce() -> Event<'a>) {
-        let Some(on_event) = &self.0 else { return };
+        let Some(on_event) = self.0.get() else { return };
         if user_code::call(|| on_event(&event())).is_none() {
             note!(warn, "on_event panicked");
         }
-    }
-}
-
-impl fmt::Debug for Events {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "(set)" } else { "(not set)" })
     }
 }
 

@@ -144,19 +144,28 @@ impl LockGuard {
         transaction.query_typed(sql, &[(&lock_id, Type::TEXT), (&version, Type::INT8), (&lease_id, Type::TEXT)])
     }
 
-    /// Why a statement found nothing, or failed.
-    pub(crate) fn why_not(&self, error: Option<postgres::Error>) -> Error {
+    /// Why a fence found nothing, or failed.
+    fn why_not(&self, error: Option<postgres::Error>) -> Error {
         match error {
             Some(source) if !is_serialization_failure(&source) => self.failed("fence", source),
             // A takeover, or something else in the transaction.
-            error => match self.look_for() {
-                Some(true) => error.map_or_else(|| self.unfit(NOT_SEEN), |source| self.failed("fence", source)),
-                Some(false) => {
+            error => {
+                let is_there = self.look_for();
+                if is_there == Some(false) {
                     self.hold.is_not_there();
-                    self.hold.lost()
                 }
-                None => self.hold.lost(),
-            },
+                self.why_not_found(is_there, error)
+            }
+        }
+    }
+
+    /// Why a statement found no hold, or failed, where the database was asked for the hold afterwards.
+    pub(crate) fn why_not_found(&self, is_there: Option<bool>, error: Option<postgres::Error>) -> Error {
+        match (is_there, error) {
+            (Some(true), None) => self.unfit(NOT_SEEN),
+            (Some(true), Some(source)) => self.failed("fence", source),
+            (None, Some(source)) if !is_serialization_failure(&source) => self.failed("fence", source),
+            _ => self.hold.lost(),
         }
     }
 

@@ -50,7 +50,8 @@ pub(crate) enum Outcome {
     Released,
     NotThere,
     Failed,
-    Hopeless,
+    /// The database refuses, and goes on to.
+    Refused,
 }
 
 impl Unfinished {
@@ -78,7 +79,7 @@ impl Unfinished {
         let age = now.duration_since(self.since);
         let is_stray = self.claim.as_ref().is_some_and(|unknown| unknown.version.is_none());
         let is_done = match outcome {
-            Outcome::Released | Outcome::Hopeless => true,
+            Outcome::Released | Outcome::Refused => true,
             Outcome::NotThere => !is_stray || age >= STRAY_TIME,
             Outcome::Failed => false,
         };
@@ -193,7 +194,7 @@ mod tests {
         assert!(unfinished(Some(7), now).after(Outcome::Failed, now + Duration::from_secs(299)).is_some());
         assert!(unfinished(Some(7), now).after(Outcome::Failed, now + Duration::from_secs(300)).is_none());
         assert!(unfinished(None, now).after(Outcome::Released, now).is_none());
-        assert!(unfinished(None, now).after(Outcome::Hopeless, now).is_none());
+        assert!(unfinished(None, now).after(Outcome::Refused, now).is_none());
     }
 
     #[test]
@@ -220,11 +221,11 @@ mod tests {
                 now = now.max(left.next) + Duration::from_millis(took);
                 let outcome = match outcome {
                     0 if took < 10 => Outcome::Released,
-                    1 if took < 10 => Outcome::Hopeless,
+                    1 if took < 10 => Outcome::Refused,
                     2 => Outcome::NotThere,
                     _ => Outcome::Failed,
                 };
-                let ends = matches!(outcome, Outcome::Released | Outcome::Hopeless)
+                let ends = matches!(outcome, Outcome::Released | Outcome::Refused)
                     || outcome == Outcome::NotThere && version.is_some()
                     || now >= start + lasts.min(LONGEST);
                 let Some(again) = left.after(outcome, now) else {

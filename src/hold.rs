@@ -49,8 +49,13 @@ pub(crate) enum Unlocking {
     No,
     /// It may be committed at any time. Meanwhile nothing is refreshed: that would wait for it in the server.
     Pending,
-    /// Its commit was sent before this instant, and never answered. It wasn't committed if a refresh that is sent later finds the hold.
-    Unknown(Instant),
+    /// It has ended before `since`, and only the database knows how. A refresh that is sent later finds the hold if it was rolled back, and waits for
+    /// it if it is open or prepared after all.
+    Unknown {
+        since: Instant,
+        /// Its statement was answered. Of one that failed, a hold that isn't there is lost.
+        may_be_released: bool,
+    },
     /// It is committed.
     Done,
 }
@@ -78,10 +83,15 @@ impl HoldState {
         self.guards == 0 || self.unlocking == Unlocking::Done
     }
 
-    /// The database says so.
-    fn is_not_there(&mut self) {
-        self.term.lose();
-        self.is_gone = true;
+    /// The database says so, and no transaction is open that releases it.
+    fn is_not_there(&mut self, now: Instant) {
+        // Later it may as well be over because the transaction was rolled back, and the lease ran out.
+        if matches!(self.unlocking, Unlocking::Unknown { may_be_released: true, .. }) && self.term.is_held(now) {
+            self.unlocking = Unlocking::Done;
+        } else {
+            self.term.lose();
+            self.is_gone = true;
+        }
     }
 
     /// Its end is going to be told by whoever asks; false if somebody else has done so, or nobody was told that it began.
@@ -165,18 +175,13 @@ impl Hold {
             Ok(Some(is_wanted)) => {
                 state.term.extend(now, sent);
                 state.is_wanted = *is_wanted;
-                // It would have waited for the transaction, and found nothing if that was committed.
-                if matches!(state.unlocking, Unlocking::Unknown(asked) if sent > asked) {
+                if matches!(state.unlocking, Unlocking::Unknown { since, .. } if sent > since) {
                     state.unlocking = Unlocking::No;
                 }
             }
             // Released meanwhile: no loss.
             Ok(None) if state.guards == 0 || matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) => return,
-            // Later it may as well be over because it was rolled back, and its lease ran out.
-            Ok(None) if matches!(state.unlocking, Unlocking::Unknown(_)) && state.term.is_held(now) => {
-                state.set_unlocking(Unlocking::Done, now);
-            }
-            Ok(None) => state.is_not_there(),
+            Ok(None) => state.is_not_there(now),
             Err(_) => {}
         }
         // An answer that nobody has read yet is not replaced by that of an older attempt.
@@ -186,11 +191,21 @@ impl Hold {
         self.changed.notify_all();
     }
 
-    /// The database says so, to a guard, of a hold that no transaction has released.
+    /// The database says so to a guard. While a transaction is open that releases it, that is for the end of the transaction to find.
     pub(crate) fn is_not_there(&self) {
         let mut state = self.state();
-        if state.unlocking == Unlocking::No {
-            state.is_not_there();
+        if !matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) {
+            state.is_not_there(Instant::now());
+        }
+        self.changed.notify_all();
+    }
+
+    /// The database says so to a guard that asked when the transaction had ended, at `ended`.
+    pub(crate) fn is_there(&self, ended: Instant) {
+        let mut state = self.state();
+        // The refresh thread may have found it before, and another transaction have begun.
+        if matches!(state.unlocking, Unlocking::Unknown { since, .. } if since == ended) {
+            state.unlocking = Unlocking::No;
         }
         self.changed.notify_all();
     }
@@ -214,16 +229,14 @@ impl Hold {
         state.guards == 0
     }
 
-    /// A transaction of the caller's is going to release it, if that is for this guard to do; or how that stands already.
-    pub(crate) fn begin_unlocking(&self) -> Result<bool, Unlocking> {
+    /// A transaction of the caller's is going to release it; or how that stands: `No` if there are other guards.
+    pub(crate) fn begin_unlocking(&self) -> Result<(), Unlocking> {
         let mut state = self.state();
-        match state.unlocking {
-            Unlocking::No if state.guards > 1 => Ok(false),
-            Unlocking::No => {
-                state.unlocking = Unlocking::Pending;
-                Ok(true)
-            }
-            other => Err(other),
+        if state.unlocking == Unlocking::No && state.guards == 1 {
+            state.unlocking = Unlocking::Pending;
+            Ok(())
+        } else {
+            Err(state.unlocking)
         }
     }
 

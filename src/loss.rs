@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::hold::Hold;
 use crate::sync::{Instant, wait_until};
-use crate::user_code::{self, note};
+use crate::user_code::{self, Callback, note};
 use crate::wait::Patience;
 
 /// Tells whether a hold is lost: to look at in a loop of work, or to sleep on. From [`LockGuard::lost`](crate::LockGuard::lost).
@@ -87,28 +87,20 @@ impl fmt::Debug for LostSignal {
     }
 }
 
-type Callback = dyn Fn(&LostSignal) + Send + Sync;
-
 /// Whom to call when a hold is lost, if anybody.
-#[derive(Clone, Default)]
-pub(crate) struct OnLost(Option<Arc<Callback>>);
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OnLost(Callback<dyn Fn(&LostSignal) + Send + Sync>);
 
 impl OnLost {
     pub(crate) fn calling(callback: impl Fn(&LostSignal) + Send + Sync + 'static) -> OnLost {
-        OnLost(Some(Arc::new(callback)))
+        OnLost(Callback::to(Arc::new(callback)))
     }
 
     pub(crate) fn call(&self, hold: &Arc<Hold>) {
-        let Some(callback) = &self.0 else { return };
+        let Some(callback) = self.0.get() else { return };
         let lost = LostSignal::new(Arc::clone(hold));
         if user_code::call(|| callback(&lost)).is_none() {
             note!(warn, "on_lost of lock {:?} panicked", lost.lock_id());
         }
-    }
-}
-
-impl fmt::Debug for OnLost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "(set)" } else { "(not set)" })
     }
 }

@@ -559,7 +559,7 @@ fn released_in_a_transaction() {
     let commits = random().is_multiple_of(2);
     for turn in (0..random() % 3).rev() {
         let is_last = turn == 0;
-        assert!(guard.hold.begin_unlocking().expect("nobody else"), "one guard");
+        guard.hold.begin_unlocking().expect("one guard, and nobody else");
         thread::sleep([0, 1][random() as usize % 2] * MS);
         assert!(release_in_transaction(&guard.hold.claim) && !guard.is_held());
         thread::sleep([0, 1, 50, 200][random() as usize % 4] * MS);
@@ -567,8 +567,7 @@ fn released_in_a_transaction() {
         let is_answered = random().is_multiple_of(2);
         match commits && is_last {
             true if is_answered => guard.unlocked(),
-            false if is_answered => guard.hold.set_unlocking(Unlocking::No),
-            is_committed => assert_eq!(guard.settle(), is_committed, "it finds out"),
+            is_committed => assert_eq!(guard.settle(true), Some(!is_committed), "it finds out"),
         }
         if commits && is_last {
             for _ in 0..random() % 3 {
@@ -606,12 +605,12 @@ fn released_in_a_transaction_as_the_lease_ends() {
         });
     // Time may pass at any moment, also until it gives up.
     let Ok(guard) = StorageLock::with_options(&storage, options).expect("a lock").lock("o") else { return };
-    assert!(guard.hold.begin_unlocking().expect("nobody else"), "one guard");
+    guard.hold.begin_unlocking().expect("one guard, and nobody else");
     assert!(release_in_transaction(&guard.hold.claim));
     thread::sleep(LEASE - [400, 200, 50, 0][random() as usize % 4] * MS);
     let is_committed = random().is_multiple_of(2);
     end_transaction(&guard.hold.claim, is_committed);
-    assert!(!guard.settle() || is_committed, "said to be committed");
+    assert!(guard.settle(true) != Some(false) || is_committed, "said to be committed");
     thread::sleep(LEASE * (random() % 2));
     let signal = guard.lost();
     match guard.unlock() {

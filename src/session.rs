@@ -148,23 +148,32 @@ impl Session {
         };
         let now = row.try_get(3)?;
         self.clock = Some((now, Instant::now()));
-        if !row.try_get::<_, bool>(12)? {
+        if !row.try_get::<_, bool>(11)? {
             return Ok(Acquired::TooLate);
         }
         let Some(version) = row.try_get::<_, Option<i64>>(5)? else { return Ok(Acquired::Absent) };
+        let place = row.try_get::<_, Option<i32>>(9)?.and_then(|place| u32::try_from(place).ok());
+        let waiters = u32::try_from(row.try_get::<_, i32>(10)?).unwrap_or_default();
+        let (released_at, lease_end): (Option<SystemTime>, SystemTime) = (row.try_get(7)?, row.try_get(8)?);
+        // As the statement does it, see `may_take` there.
+        let is_free = released_at.is_some() || lease_end <= now;
+        let free_since = released_at.map_or(lease_end, |at| at.min(lease_end));
+        let promise_end = free_since.checked_add(sql::GRACE).filter(|_| free_since <= now).unwrap_or(now);
+        let is_due = turn == Some(version) && promise_end <= now;
+        let end = row.try_get::<_, Option<_>>(2)?.unwrap_or(if is_free { promise_end } else { lease_end });
         let row = AcquireRow {
             taken: row.try_get(1)?,
-            left: row.try_get::<_, SystemTime>(2)?.duration_since(now).unwrap_or_default(),
+            left: end.duration_since(now).unwrap_or_default(),
             is_wanted: row.try_get(4)?,
             version,
             owner_id: row.try_get(6)?,
-            is_released: row.try_get(7)?,
-            is_free: row.try_get(8)?,
-            may_take: row.try_get(9)?,
-            has_notified: row.try_get::<_, Option<i64>>(13)?.is_some(),
-            waits: ticket.is_some(),
-            place: row.try_get::<_, Option<i32>>(10)?.and_then(|place| u32::try_from(place).ok()),
-            waiters: u32::try_from(row.try_get::<_, i32>(11)?).unwrap_or_default(),
+            is_released: released_at.is_some(),
+            is_free,
+            may_take: is_free && (waiter.is_none() || waiters == 0 || place == Some(1) || is_due),
+            has_notified: row.try_get::<_, Option<i64>>(12)?.is_some(),
+            waits: waiter.is_some(),
+            place,
+            waiters,
         };
         Ok(row.meaning(sent))
     }

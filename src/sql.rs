@@ -208,9 +208,12 @@ impl Sql {
             )
         };
         // $1 lock, $2 version, $3 lease id as text, which every driver can send. It runs in the caller's session, whose search path decides
-        // what an operator or a type is that doesn't name its schema.
+        // what a function, an operator or a type is that doesn't name its schema.
         let own = "lock_id OPERATOR(pg_catalog.=) $1 AND version OPERATOR(pg_catalog.=) $2 \
                    AND lease_id OPERATOR(pg_catalog.=) $3::pg_catalog.text::pg_catalog.uuid";
+        // Written by this transaction itself, and not by a subtransaction of it, which a savepoint begins.
+        let is_whole = "xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) \
+                        (pg_catalog.txid_current() OPERATOR(pg_catalog.%) 4294967296)";
         // A row is the proof.
         let fence = format!("SELECT version FROM {table} WHERE {own} AND released_at IS NULL FOR KEY SHARE");
         Sql {
@@ -263,18 +266,17 @@ impl Sql {
     SELECT *, array_position(waiters, $6) AS place FROM (
         SELECT * FROM queued UNION ALL SELECT * FROM cur WHERE NOT EXISTS (SELECT FROM queued)) AS newest
 )
-SELECT {here}, taken.version, coalesce(taken.lease_expire_time, CASE
-           WHEN {seen_is_free} THEN {seen_free_since} + {grace} ELSE seen.lease_expire_time END),
-       clock_timestamp(), taken.waiters IS NOT NULL, seen.version, seen.owner_id, seen.released_at IS NOT NULL,
-       {seen_is_free}, {seen_may_take}, seen.place, coalesce(cardinality(seen.waiters), 0), {IS_IN_TIME},
-       CASE WHEN $6 IS NOT NULL AND {seen_is_free} AND {seen_is_lapsed} AND NOT {seen_may_take} AND {IS_IN_TIME}
+SELECT {here}, taken.version, taken.lease_expire_time, clock_timestamp(), taken.waiters IS NOT NULL,
+       seen.version, seen.owner_id, seen.released_at, seen.lease_expire_time,
+       seen.place, coalesce(cardinality(seen.waiters), 0), {IS_IN_TIME},
+       CASE WHEN taken.version IS NULL AND $6 IS NOT NULL AND {IS_IN_TIME}
+                 AND {seen_is_free} AND {seen_is_lapsed} AND NOT {seen_may_take}
             THEN {told} END
 FROM (VALUES (1)) AS one LEFT JOIN seen ON true LEFT JOIN taken ON true",
                     lease = lease_from_now("$4"),
                     may_take = may_take(""),
                     is_lapsed = is_lapsed("lock."),
                     seen_is_free = is_free("seen."),
-                    seen_free_since = free_since("seen."),
                     seen_is_lapsed = is_lapsed("seen."),
                     seen_may_take = may_take("seen."),
                     told = notify(
@@ -369,20 +371,22 @@ SELECT {here}, {told}",
                 )
             }),
             fence: fence.clone(),
-            // The same parameters. False in a savepoint, where what is written is a subtransaction's.
+            // The same parameters. False in a savepoint.
             unlock_in: format!(
                 "WITH own AS MATERIALIZED (
     {fence}
 ), released AS (
-    UPDATE {table} SET released_at = clock_timestamp()
+    UPDATE {table} SET released_at = pg_catalog.clock_timestamp()
     WHERE {own} AND EXISTS (SELECT FROM own) AND released_at IS NULL
-    RETURNING version, waiters, xmin::pg_catalog.text::pg_catalog.int8 OPERATOR(pg_catalog.=) txid_current() % 4294967296 AS is_whole
+    RETURNING version, waiters, {is_whole} AS is_whole
 )
 SELECT (SELECT is_whole FROM released), {told}",
                 told = tell("released", "version"),
             ),
-            // The same parameters. Whether the transaction still releases the hold.
-            is_unlocked_in: format!("SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL"),
+            // The same parameters. Whether it is this transaction that releases the hold, still: another one on the same connection may have.
+            is_unlocked_in: format!(
+                "SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL AND {is_whole}"
+            ),
             get: format!("SELECT {information} FROM {table} WHERE lock_id = $1 ORDER BY version DESC LIMIT 1"),
             list: format!(
                 "SELECT {information} FROM {table}
@@ -547,6 +551,114 @@ mod tests {
             value.split(' ').next().unwrap_or_default().parse().expect(name)
         };
         assert!(millis("lock_timeout") + 500 <= millis("statement_timeout"));
+    }
+
+    /// What `text`, without its literals and quoted names, says in words and in signs.
+    fn unquoted(text: &str) -> String {
+        let (mut plain, mut quote) = (String::new(), None);
+        for sign in text.chars() {
+            match quote {
+                None if sign == '\'' || sign == '"' => quote = Some(sign),
+                None => plain.push(sign),
+                Some(open) if sign == open => {
+                    quote = None;
+                    plain.push_str("quoted");
+                }
+                Some(_) => {}
+            }
+        }
+        plain
+    }
+
+    /// What of a statement depends on the search path: functions, operators and types that don't say that they are PostgreSQL's own.
+    fn unqualified(text: &str) -> Vec<String> {
+        // Syntax, none of which stands for an operator, as `IN`, `BETWEEN`, `nullif` or `CASE x WHEN` would.
+        const SYNTAX: [&str; 27] = [
+            "WITH",
+            "AS",
+            "MATERIALIZED",
+            "SELECT",
+            "FROM",
+            "WHERE",
+            "AND",
+            "OR",
+            "NOT",
+            "IS",
+            "NULL",
+            "FOR",
+            "KEY",
+            "SHARE",
+            "UPDATE",
+            "SET",
+            "EXISTS",
+            "RETURNING",
+            "ORDINALITY",
+            "ROWS",
+            "CASE",
+            "WHEN",
+            "THEN",
+            "ELSE",
+            "END",
+            "coalesce",
+            "least",
+        ];
+        let mut text = unquoted(text);
+        // An assignment is no comparison.
+        text = text.replace("SET released_at = ", "SET released_at ");
+        let mut found = Vec::new();
+        while let Some((before, rest)) = text.split_once("OPERATOR(pg_catalog.") {
+            let (_, after) = rest.split_once(')').expect("its end");
+            text = format!("{before} {after}");
+        }
+        let casts = text.split("::").skip(1).filter(|cast| !cast.starts_with("pg_catalog."));
+        found.extend(casts.map(|cast| format!("::{cast}")));
+        text = text.replace("::", " ");
+        found.extend(text.chars().filter(|sign| "+-*/<>=~!@#%^&|`?".contains(*sign)).map(String::from));
+        let is_word = |sign: char| sign.is_alphanumeric() || sign == '_' || sign == '.' || sign == '$';
+        let mut before = "";
+        for (at, word) in text.match_indices(is_word).map(|(at, _)| at).filter_map(|at| {
+            let starts = at == 0 || !text[..at].ends_with(is_word);
+            starts.then(|| (at, text[at..].split(|sign| !is_word(sign)).next().unwrap_or_default()))
+        }) {
+            let is_called = text[at + word.len()..].trim_start().starts_with('(');
+            let is_syntax = SYNTAX.contains(&word);
+            // The columns of an alias.
+            if is_called && !is_syntax && before != "AS" && !word.starts_with("pg_catalog.") {
+                found.push(format!("{word}()"));
+            }
+            if !is_syntax && word.chars().all(|sign| sign.is_ascii_uppercase()) {
+                found.push(word.to_owned());
+            }
+            before = word;
+        }
+        found
+    }
+
+    /// It runs with the search path of the caller's session.
+    #[test]
+    fn what_runs_in_the_callers_session_calls_nothing_but_postgresqls_own() {
+        let sql = Sql::new("public", "storage_lock");
+        for text in [&sql.fence, &sql.unlock_in, &sql.is_unlocked_in] {
+            assert_eq!(unqualified(text), Vec::<String>::new(), "{text}");
+        }
+        for (text, is_found) in [
+            ("SELECT clock_timestamp()", "clock_timestamp()"),
+            ("SELECT count (a) FROM t", "count()"),
+            ("SELECT a FROM t, unnest(b) WITH ORDINALITY AS c (d, e)", "unnest()"),
+            ("SELECT public.f(a)", "public.f()"),
+            ("SELECT a::uuid", "::uuid"),
+            ("SELECT a WHERE a = b", "="),
+            ("SELECT 'x' || a", "|"),
+            ("SELECT a WHERE a IN (b)", "IN"),
+            ("SELECT nullif(a, b)", "nullif()"),
+            ("SELECT a OPERATOR(public.=) b", "OPERATOR()"),
+        ] {
+            assert!(
+                unqualified(text).iter().any(|found| found.starts_with(is_found)),
+                "{text}: {:?}",
+                unqualified(text)
+            );
+        }
     }
 
     #[test]

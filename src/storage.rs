@@ -521,8 +521,9 @@ impl PostgresStorage {
                 match left.and(released) {
                     Ok(Some(_)) => Outcome::Released,
                     Ok(None) => Outcome::NotThere,
-                    Err(error) if error.is_transient() => Outcome::Failed,
-                    Err(_) => Outcome::Hopeless,
+                    // A role that may not log in now may do so again.
+                    Err(error) if error.is_transient() || matches!(error, Error::Connect { .. }) => Outcome::Failed,
+                    Err(_) => Outcome::Refused,
                 }
             });
         };

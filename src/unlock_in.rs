@@ -10,11 +10,20 @@ use crate::guard::LockGuard;
 use crate::hold::Unlocking;
 use crate::sync::Instant;
 
-/// What is wrong with a second transaction that would release a hold.
+/// What is wrong with a transaction that would release a hold whose owner has taken it once more.
+const TAKEN_AGAIN: &str = "the lock was taken more than once, and is for its last guard to release";
+/// With one that would release a hold beside another one.
 const RELEASED_ALREADY: &str = "another transaction releases the lock already";
-
-/// What is wrong with a transaction whose commit would not release the hold.
-const NOT_RELEASED: &str = "its release was rolled back, to a savepoint or by a statement that ended the transaction";
+/// The same, after the other one.
+const NOT_KNOWN_YET: &str = "it is not known yet whether an earlier transaction has released the lock";
+/// With one whose commit may not be the last word.
+const NESTED: &str = "it is within another one, or another one was rolled back within it, so that it can't release the lock: \
+                      fence it, and unlock after the commit";
+/// With one that doesn't release the hold any more: as the database says, the hold is there; it isn't; or nothing.
+const ROLLED_BACK: &str = "its release was rolled back, to a savepoint or by a statement that ended the transaction";
+const COMMITTED: &str = "a statement ended it before its commit, and the lock is released";
+const ENDED: &str = "its release was not found in it, and whether the lock is released is not known yet: a statement has ended \
+                     the transaction, or prepared it";
 
 /// A transaction that releases a lock when it is committed, and keeps it when it is rolled back or dropped. From
 /// [`LockGuard::unlock_in`].
@@ -27,13 +36,10 @@ pub struct UnlockTransaction<'a> {
     pending: Pending<'a>,
 }
 
-/// A release that waits for a commit. Dropped before that, the lock is held as before.
+/// A release that waits for the end of its transaction. However that comes, the database is asked what became of the hold.
 struct Pending<'a> {
     guard: &'a LockGuard,
-    /// It is not for another guard to release the lock.
-    releases: bool,
-    /// It was released in no savepoint: after its commit nothing can be rolled back any more.
-    is_whole: bool,
+    is_settled: bool,
 }
 
 impl LockGuard {
@@ -53,40 +59,45 @@ impl LockGuard {
     /// any time. It is fenced as by [`fence`](Self::fence). Keep it short from here on: the lease isn't refreshed until it ends, and when
     /// it is open at the hold's deadline, the hold is lost, although nobody can take the lock before it ends.
     ///
-    /// After the commit the guard is of no more use; dropping it does nothing. An inner guard of a lock that was taken more than once
-    /// releases nothing, and only fences.
+    /// After the commit the guard is of no more use; dropping it does nothing. However else the transaction ends, rolled back, dropped, with an
+    /// error, or by a `COMMIT`, `ROLLBACK` or `PREPARE TRANSACTION` that was sent as text, the library asks the database for the hold, for 2 s at
+    /// most, and trusts it again only if it is found. If there is no answer, `is_held` stays false, and the refreshes find out later. A
+    /// transaction that is forgotten (`mem::forget`) is an open one.
     ///
-    /// Give it the whole transaction. The commit of one within another one only releases a savepoint: it waits for 2 s for the end of the
-    /// whole, and leaves it to the next refresh to find out whether the lock was released.
+    /// Give it the whole transaction, and the only guard. A transaction within another one is refused, because its commit only releases a
+    /// savepoint; so is one in which another one was rolled back before, because the driver leaves its savepoint open. There,
+    /// `fence` the transaction, and unlock after the commit. A lock that was taken more than once is refused too.
     ///
-    /// At `REPEATABLE READ` and `SERIALIZABLE` it fails with SQLSTATE 40001 if the lease was refreshed after the transaction began, and at
-    /// `SERIALIZABLE` perhaps for other transactions that release other locks: repeat it, or use `fence`, and unlock after the commit. Where
-    /// others wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
+    /// At `REPEATABLE READ` and `SERIALIZABLE` it fails with SQLSTATE 40001 if the lease was refreshed after the transaction began (or just then,
+    /// where this is its first statement), and at `SERIALIZABLE` perhaps for other transactions that release other locks: repeat it,
+    /// or use `fence`, and unlock after the commit. Where others wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
     ///
     /// # Errors
-    /// As [`fence`](Self::fence); and [`Error::Fence`](crate::Error::Fence) if another transaction releases the lock already. The transaction is
-    /// rolled back, and the lock is held as before.
+    /// As [`fence`](Self::fence); and [`Error::Fence`](crate::Error::Fence) if another transaction releases the lock already, may have done so,
+    /// the transaction is not a whole one, or there are other guards. The transaction is rolled back (of one within another one, this part), and
+    /// the lock is held as before, or lost as the error says.
     pub fn unlock_in<'a>(&'a self, mut transaction: Transaction<'a>) -> Result<UnlockTransaction<'a>> {
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost());
         }
-        let releases = match self.hold.begin_unlocking() {
-            Ok(releases) => releases,
+        match self.hold.begin_unlocking() {
+            Ok(()) => {}
             Err(Unlocking::Done) => return Err(self.hold.lost()),
-            Err(_) => return Err(self.unfit(RELEASED_ALREADY)),
-        };
-        let mut pending = Pending { guard: self, releases, is_whole: false };
-        if !releases {
-            self.fence(&mut transaction)?;
-            return Ok(UnlockTransaction { transaction, pending });
+            Err(Unlocking::No) => return Err(self.unfit(TAKEN_AGAIN)),
+            Err(Unlocking::Pending) => return Err(self.unfit(RELEASED_ALREADY)),
+            Err(Unlocking::Unknown { .. }) => return Err(self.unfit(NOT_KNOWN_YET)),
         }
+        let pending = Pending { guard: self, is_settled: false };
         let result = self.query(&mut transaction, &self.storage.sql().unlock_in);
-        if let Some(is_whole) = result.as_ref().ok().and_then(|rows| rows.first()?.try_get(0).ok()?) {
-            pending.is_whole = is_whole;
+        let is_whole: Option<bool> = result.as_ref().ok().and_then(|rows| rows.first()?.try_get(0).ok()?);
+        if is_whole == Some(true) {
             return Ok(UnlockTransaction { transaction, pending });
         }
-        drop((transaction, pending));
-        Err(self.why_not(result.err()))
+        drop(transaction);
+        Err(match (pending.settle(false), is_whole) {
+            (None | Some(true), Some(_)) => self.unfit(NESTED),
+            (is_there, _) => self.why_not_found(is_there, result.err()),
+        })
     }
 
     /// The transaction that releases the hold has been committed.
@@ -96,17 +107,28 @@ impl LockGuard {
         self.tell_release(true);
     }
 
-    /// Whether the hold was released is not known: asks, and says whether it was.
-    pub(crate) fn settle(&self) -> bool {
-        self.hold.set_unlocking(Unlocking::Unknown(Instant::now()));
-        let is_there = self.look_for();
-        match is_there {
-            Some(false) => self.unlocked(),
-            Some(true) => self.hold.set_unlocking(Unlocking::No),
-            // The next refresh will tell, or nothing.
+    /// The transaction has ended, as far as is known here: asks what became of the hold, and says whether it is there; none if that isn't known.
+    pub(crate) fn settle(&self, may_be_released: bool) -> Option<bool> {
+        let since = Instant::now();
+        self.hold.set_unlocking(Unlocking::Unknown { since, may_be_released });
+        match self.look_for() {
+            Some(true) => self.hold.is_there(since),
+            Some(false) => self.hold.is_not_there(),
             None => {}
         }
-        is_there == Some(false)
+        // Also if the refresh thread was the one that found out.
+        let (unlocking, is_gone) = {
+            let state = self.hold.state();
+            (state.unlocking, state.is_gone)
+        };
+        match unlocking {
+            Unlocking::Done => {
+                self.unlocked();
+                Some(false)
+            }
+            Unlocking::Unknown { .. } => is_gone.then_some(false),
+            Unlocking::No | Unlocking::Pending => Some(true),
+        }
     }
 }
 
@@ -117,50 +139,67 @@ impl UnlockTransaction<'_> {
     /// failed as any other, and rolls it back.
     ///
     /// # Errors
-    /// [`Error::Database`](crate::Error::Database) if a statement of the transaction had failed, or the server refused to commit;
-    /// [`Error::Fence`](crate::Error::Fence) if the release was rolled back with a part of it: then nothing is committed, and the lock is held as
-    /// before. If the connection broke in the commit, up to 2 s are used to find out what became of it: a commit that happened is `Ok`. If that
+    /// [`Error::Database`](crate::Error::Database) if a statement of the transaction had failed, or the server refused to commit: then it is rolled
+    /// back. [`Error::Fence`](crate::Error::Fence) if the release is not in the transaction any more: a part of it was rolled back, or a
+    /// statement has ended it before, by a commit, a rollback or as a prepared one; what is in it now is rolled back, and the
+    /// error says what became of the lock. After each of them [`is_held`](LockGuard::is_held) is true again if the database says so.
+    ///
+    /// If the connection broke in the commit, up to 2 s are used to find out what became of it: a commit that happened is `Ok`. If that
     /// can't be found out, because the database doesn't answer, or the hold's deadline has passed, it is `Error::Database` too, and
-    /// [`is_held`](LockGuard::is_held) is false: whether it was committed isn't known.
+    /// `is_held` is false: whether it was committed isn't known.
     pub fn commit(self) -> Result<()> {
         // Dropped in the opposite order: rolled back first.
         let UnlockTransaction { mut pending, mut transaction } = self;
         let guard = pending.guard;
-        if pending.releases {
-            let rows = guard.query(&mut transaction, &guard.storage.sql().is_unlocked_in);
-            if rows.map_err(|source| guard.failed("commit", source))?.is_empty() {
-                return Err(guard.unfit(NOT_RELEASED));
-            }
-        } else {
-            guard.fence_past_deadline(&mut transaction)?;
+        let rows = guard.query(&mut transaction, &guard.storage.sql().is_unlocked_in);
+        if rows.map_err(|source| guard.failed("commit", source))?.is_empty() {
+            drop(transaction);
+            return Err(guard.unfit(match pending.settle(true) {
+                Some(true) => ROLLED_BACK,
+                Some(false) => COMMITTED,
+                None => ENDED,
+            }));
         }
-        let result = transaction.commit();
-        // If the server refused, the lock is held as before.
-        let may_be_committed = result.as_ref().err().is_none_or(is_connection_fault);
-        if may_be_committed && std::mem::take(&mut pending.releases) {
-            if result.is_ok() && pending.is_whole {
+        match transaction.commit() {
+            Ok(()) => {
+                pending.is_settled = true;
                 guard.unlocked();
-            } else if guard.settle() {
-                return Ok(());
+                Ok(())
             }
+            Err(source) if pending.settle(true) == Some(false) && is_connection_fault(&source) => Ok(()),
+            Err(source) => Err(guard.failed("commit", source)),
         }
-        result.map_err(|source| guard.failed("commit", source))
     }
 
     /// Rolls the transaction back, and keeps the lock.
     ///
+    /// It asks the database for the hold afterwards, for 2 s at most; if there is no answer, [`is_held`](LockGuard::is_held) is false until there is.
+    ///
     /// # Errors
-    /// [`Error::Database`](crate::Error::Database) if the connection broke: then the server does so.
+    /// [`Error::Database`](crate::Error::Database) if the connection broke: then the server does so. [`Error::Fence`](crate::Error::Fence) if a
+    /// statement had committed the transaction before: the lock is released.
     pub fn rollback(self) -> Result<()> {
         let UnlockTransaction { transaction, pending } = self;
-        transaction.rollback().map_err(|source| pending.guard.failed("roll back", source))
+        let guard = pending.guard;
+        let result = transaction.rollback();
+        let is_there = pending.settle(true);
+        result.map_err(|source| guard.failed("roll back", source))?;
+        if is_there == Some(false) { Err(guard.unfit(COMMITTED)) } else { Ok(()) }
+    }
+}
+
+impl Pending<'_> {
+    /// The transaction has ended.
+    fn settle(mut self, may_be_released: bool) -> Option<bool> {
+        self.is_settled = true;
+        self.guard.settle(may_be_released)
     }
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        if self.releases {
-            self.guard.hold.set_unlocking(Unlocking::No);
+        if !self.is_settled {
+            self.guard.settle(true);
         }
     }
 }

@@ -3,7 +3,9 @@
 //! It may panic, where the library may not: not in the caller's thread, and not in a thread that keeps a hold. A logger
 //! that writes to a closed pipe does. So each of these calls is made here.
 
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 /// Calls what may panic; none if it did.
 pub(crate) fn call<T>(user_code: impl FnOnce() -> T) -> Option<T> {
@@ -14,6 +16,45 @@ pub(crate) fn call<T>(user_code: impl FnOnce() -> T) -> Option<T> {
             std::mem::forget(payload);
             None
         }
+    }
+}
+
+/// A callback of the user's, if there is one. The last handle of it may go in any thread, with all that the callback owns.
+pub(crate) struct Callback<F: ?Sized>(Option<Arc<F>>);
+
+impl<F: ?Sized> Callback<F> {
+    pub(crate) fn to(callback: Arc<F>) -> Callback<F> {
+        Callback(Some(callback))
+    }
+
+    pub(crate) fn get(&self) -> Option<&F> {
+        self.0.as_deref()
+    }
+}
+
+impl<F: ?Sized> Default for Callback<F> {
+    fn default() -> Callback<F> {
+        Callback(None)
+    }
+}
+
+impl<F: ?Sized> Clone for Callback<F> {
+    fn clone(&self) -> Callback<F> {
+        Callback(self.0.clone())
+    }
+}
+
+impl<F: ?Sized> Drop for Callback<F> {
+    fn drop(&mut self) {
+        if let Some(callback) = self.0.take() {
+            call(|| drop(callback));
+        }
+    }
+}
+
+impl<F: ?Sized> fmt::Debug for Callback<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "(set)" } else { "(not set)" })
     }
 }
 
@@ -42,5 +83,15 @@ mod tests {
     fn a_panic_ends_here_whatever_it_was_raised_with() {
         assert_eq!(call(|| 7), Some(7));
         assert_eq!(call(|| std::panic::panic_any(PanicsInItsDrop)), None::<()>);
+    }
+
+    #[test]
+    fn a_callback_that_panics_when_it_is_dropped_harms_nobody() {
+        let owned = PanicsInItsDrop;
+        let callback: Callback<dyn Fn()> = Callback::to(Arc::new(move || _ = &owned));
+        let copy = callback.clone();
+        drop(callback);
+        copy.get().expect("set")();
+        drop(copy);
     }
 }

@@ -25,9 +25,9 @@ fn who_waits_while_the_table_is_locked_gets_the_lock_when_it_is_not() {
         };
         let [free, hurried, new, held, holder] = ["free", "hurried", "new", "held", "held"].map(lock);
         let new_too = lock("new too");
-        [&free, &hurried].map(|lock| drop(lock.lock("warm-up").unwrap()));
+        [&free, &hurried].into_iter().for_each(|lock| drop(lock.lock("warm-up").unwrap()));
         // Each has a connection already.
-        [&new, &new_too].map(|lock| assert!(lock.info().unwrap().is_none()));
+        [&new, &new_too].into_iter().for_each(|lock| assert!(lock.info().unwrap().is_none()));
         let guard = holder.lock("holder").unwrap();
         let mut client = table.client();
         thread::scope(|scope| {
@@ -67,7 +67,7 @@ fn who_does_not_wait_finds_the_lock_of_a_locked_table_busy() {
     side_by_side(&["ACCESS EXCLUSIVE", "SHARE ROW EXCLUSIVE"], |mode| {
         let table = Table::new();
         let [free, hurried] = ["free", "hurried"].map(|lock_id| table.lock(lock_id));
-        [&free, &hurried].map(|lock| drop(lock.lock("warm-up").unwrap()));
+        [&free, &hurried].into_iter().for_each(|lock| drop(lock.lock("warm-up").unwrap()));
         let mut client = table.client();
         let mut transaction = client.transaction().unwrap();
         transaction.batch_execute(&format!("LOCK TABLE {} IN {mode} MODE", table.name)).unwrap();

@@ -12,6 +12,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod clean_up;
 mod connections;
 mod events;
 mod examples;
@@ -37,5 +38,6 @@ mod table;
 mod tidy;
 mod told;
 mod trigger;
+mod unlock_ends;
 mod unlock_in;
 mod waiting;

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use storage_lock::{LockGuard, PostgresStorage, Result};
+use storage_lock::{LockGuard, LockOptions, PostgresStorage, Result, StorageLock};
 
 use crate::fence::{LEVELS, begin, set};
 use crate::leaks;
@@ -34,6 +34,7 @@ fn child_process() {
         ("panic", []) => log_to_a_logger_that_panics(&table),
         ("hand to a shorter lease", [lock_id]) => hand_to_a_shorter_lease(&table, lock_id),
         ("take with a shorter lease", [lock_id, how]) => take_with_a_shorter_lease(&table, lock_id, how),
+        ("panic at every line", []) => panic_at_every_line(&table),
         ("cycles", []) => leaks::cycles(&table),
         ("failed connects", [closing]) => leaks::failed_connects(&table, closing.parse().unwrap()),
         ("take turns", [threads, seconds]) => {
@@ -393,6 +394,88 @@ fn take_turns(table: &Table, threads: usize, time: Duration) {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     say(holds.join(" "));
+}
+
+/// What panics when it is dropped, as what a panic was raised with and as what a callback owns.
+pub struct PanicsInItsDrop;
+
+impl Drop for PanicsInItsDrop {
+    fn drop(&mut self) {
+        panic!("in a drop");
+    }
+}
+
+/// A logger that panics at every line, whoever writes it, as one does that prints to a closed pipe; and callbacks that do worse.
+fn panic_at_every_line(table: &Table) {
+    struct Panicking;
+    static LINES: AtomicUsize = AtomicUsize::new(0);
+    impl log::Log for Panicking {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            if record.target() == "storage_lock" {
+                LINES.fetch_add(1, Ordering::SeqCst);
+                std::panic::panic_any(PanicsInItsDrop);
+            }
+        }
+        fn flush(&self) {}
+    }
+    log::set_logger(&Panicking).unwrap();
+    log::set_max_level(log::LevelFilter::Trace);
+    let losses = Arc::new(AtomicUsize::new(0));
+    let storage =
+        PostgresStorage::new(table.options().on_event(|_| std::panic::panic_any(PanicsInItsDrop))).expect("open");
+    let (counted, owned) = (Arc::clone(&losses), PanicsInItsDrop);
+    let options =
+        LockOptions::new("l").lease_expire_after(ms(3_000)).lease_refresh_interval(ms(50)).on_lost(move |_| {
+            _ = &owned;
+            counted.fetch_add(1, Ordering::SeqCst);
+            std::panic::panic_any(PanicsInItsDrop);
+        });
+    let lock = StorageLock::with_options(&storage, options).expect("make a lock");
+    let (guard, mut client) = (lock.lock("worker").expect("lock"), table.client());
+    // For longer than its lease.
+    let end = Instant::now() + ms(4_000);
+    while Instant::now() < end {
+        table.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%$T%' AND pid <> pg_backend_pid()",
+        );
+        is_refreshed(&guard);
+        assert!(guard.is_held());
+    }
+    assert!(LINES.load(Ordering::SeqCst) > 0, "nothing was logged");
+    // Handed over, taken again, rolled back and released, by calls that don't panic.
+    let waiter = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("waiter").expect("lock").unlock().expect("unlock"))
+    };
+    guard.unlock().expect("unlock");
+    takes_at_most(ms(5_000), "the hand-over", || waiter.join().expect("a waiter"));
+    let guard = lock.lock("worker").expect("lock");
+    guard.unlock_in(client.transaction().unwrap()).expect("unlock_in").rollback().expect("roll back");
+    drop(guard.unlock_in(client.transaction().unwrap()).expect("unlock_in"));
+    guard.unlock_in(client.transaction().unwrap()).expect("unlock_in").commit().expect("commit");
+    drop(guard);
+    assert!(lock.try_lock_for("worker", ms(500)).expect("try_lock_for").is_some());
+    assert_eq!(losses.load(Ordering::SeqCst), 0);
+    // Lost, and found out by the refresh thread; and by the drop.
+    let guard = lock.lock("worker").expect("lock");
+    let waiter = {
+        let lock = lock.clone();
+        waiting_thread(move || drop(lock.lock("waiter").expect("lock")))
+    };
+    table.execute("UPDATE $T SET version = version + 1, released_at = clock_timestamp()");
+    eventually("on_lost is called", || losses.load(Ordering::SeqCst) == 1);
+    assert!(!guard.is_held());
+    takes_at_most(ms(5_000), "the next one", || waiter.join().expect("a waiter"));
+    drop(guard);
+    let guard = short_lock(&storage, "m", ms(90_000), ms(30_000)).lock("worker").expect("lock");
+    table.execute("UPDATE $T SET version = version + 1");
+    drop(guard);
+    // With what the callback owns, wherever the last one goes.
+    drop((lock, storage));
+    say("as expected");
 }
 
 /// A logger that panics in the thread that has just got the lock.

@@ -1,5 +1,6 @@
 //! A loss is told: early, once, and to whoever wants to hear of it.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use storage_lock::{LockGuard, LockOptions, LostSignal, PostgresStorage, StorageLock};
 
+use crate::roles::PanicsInItsDrop;
 use crate::support::child::Process;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
@@ -198,6 +200,54 @@ fn a_callback_that_panics_harms_nothing() {
         takes_at_most(ms(5_000), "the next one", || waiter.join().unwrap());
         assert!(guard.unlock().unwrap_err().is_lease_lost());
     }
+}
+
+/// And callbacks that panic with what panics when it is dropped, and own it too.
+#[test]
+fn a_logger_that_panics_at_every_line_loses_no_hold_and_keeps_no_call_from_coming_back() {
+    let table = Table::new();
+    let mut child = Process::start_with_stderr("panic at every line", &table, &[], Stdio::null());
+    assert_eq!(child.expect_line(), "as expected");
+    assert!(child.wait().success());
+}
+
+/// In the threads that call them, which are the caller's too.
+#[test]
+fn callbacks_that_panic_with_what_panics_when_it_is_dropped_harm_nothing() {
+    let table = Table::new();
+    let storage = PostgresStorage::new(table.options().on_event(|_| panic_any(PanicsInItsDrop))).unwrap();
+    let (sender, told) = channel();
+    let (sender, owned) = (Mutex::new(sender), PanicsInItsDrop);
+    let options =
+        LockOptions::new("l").lease_expire_after(ms(1_500)).lease_refresh_interval(ms(50)).on_lost(move |_| {
+            _ = &owned;
+            sender.lock().unwrap().send(()).unwrap();
+            panic_any(PanicsInItsDrop);
+        });
+    let lock = StorageLock::with_options(&storage, options).unwrap();
+    let guard = lock.lock("worker-1").unwrap();
+    let end = Instant::now() + ms(2_000);
+    while Instant::now() < end {
+        is_refreshed(&guard);
+    }
+    let waiter = {
+        let lock = lock.clone();
+        waiting_thread(move || lock.lock("waiter").unwrap().unlock().unwrap())
+    };
+    guard.unlock().unwrap();
+    takes_at_most(ms(5_000), "the hand-over", || waiter.join().unwrap());
+    let guard = lock.lock("worker-1").unwrap();
+    let unwound = catch_unwind(AssertUnwindSafe(move || {
+        let _guard = guard;
+        panic!("on purpose, while holding");
+    }));
+    assert!(unwound.is_err());
+    let guard = lock.lock("worker-1").unwrap();
+    assert!(told.try_recv().is_err(), "nothing was lost");
+    table.execute("UPDATE $T SET version = version + 1000, released_at = clock_timestamp()");
+    told.recv_timeout(Duration::from_secs(10)).expect("on_lost is called");
+    assert!(guard.unlock().unwrap_err().is_lease_lost());
+    drop((lock, storage));
 }
 
 #[test]

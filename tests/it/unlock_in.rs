@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use postgres::error::SqlState;
 use postgres::{Client, IsolationLevel};
-use storage_lock::Error;
+use storage_lock::{Error, LockGuard, UnlockTransaction};
 
 use crate::fence::{LEVELS, begin, number, set, with_number, without_number};
 use crate::support::proxy::Proxy;
@@ -22,6 +22,21 @@ fn code(error: &Error) -> Option<SqlState> {
     match error {
         Error::Database { source, .. } => source.code().cloned(),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Does something with the release of a hold in a transaction. A refresh at that moment is a reason to repeat it, at the stricter levels.
+pub fn releasing<T>(
+    guard: &LockGuard,
+    client: &mut Client,
+    level: IsolationLevel,
+    run: impl FnOnce(UnlockTransaction<'_>) -> T,
+) -> T {
+    loop {
+        match guard.unlock_in(begin(client, level)) {
+            Ok(transaction) => return run(transaction),
+            Err(error) => assert_eq!(code(&error), Some(SqlState::T_R_SERIALIZATION_FAILURE), "{error:?}"),
+        }
     }
 }
 
@@ -64,14 +79,11 @@ fn a_rollback_keeps_the_lock_and_its_refresh_going() {
         let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
         let mut client = table.client();
         for is_explicit in [true, false] {
-            let mut transaction = guard.unlock_in(begin(&mut client, level)).unwrap();
-            set(&mut transaction, &table, 1).unwrap();
-            assert!(!guard.is_held());
-            if is_explicit {
-                transaction.rollback().unwrap()
-            } else {
-                drop(transaction)
-            }
+            releasing(&guard, &mut client, level, |mut transaction| {
+                set(&mut transaction, &table, 1).unwrap();
+                assert!(!guard.is_held());
+                if is_explicit { transaction.rollback().unwrap() } else { drop(transaction) }
+            });
             assert!(guard.is_held(), "at once");
             assert_eq!(number(&table), 0);
             is_refreshed(&guard);
@@ -198,25 +210,16 @@ fn a_commit_that_was_undone_is_not_taken_for_one_where_the_lease_has_run_out() {
 fn a_transaction_in_which_a_statement_failed_is_not_said_to_be_committed_and_keeps_the_lock() {
     let table = Table::new();
     with_number(&table);
-    let (lock, theirs, mut client) = (table.short_lock("l", ms(2_000), ms(100)), table.lock("l"), table.client());
-    let guard = lock.lock("worker-1").unwrap();
-    let inner = lock.lock("worker-1").unwrap();
-    for releases in [false, true] {
-        let releasing = if releases { &guard } else { &inner };
-        let mut transaction = releasing.unlock_in(client.transaction().unwrap()).unwrap();
-        set(&mut transaction, &table, 1).unwrap();
-        transaction.execute("SELECT 1 / 0", &[]).unwrap_err();
-        assert_eq!(code(&transaction.commit().unwrap_err()), Some(SqlState::IN_FAILED_SQL_TRANSACTION));
-        assert_eq!(number(&table), 0);
-        assert!(guard.is_held());
-        is_refreshed(&guard);
-        assert!(theirs.try_lock("worker-2").unwrap().is_none());
-        if !releases {
-            // The other one is the last.
-            drop(lock.lock("worker-1").unwrap());
-        }
-    }
-    drop(inner);
+    let (theirs, mut client) = (table.lock("l"), table.client());
+    let guard = table.short_lock("l", ms(2_000), ms(100)).lock("worker-1").unwrap();
+    let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+    set(&mut transaction, &table, 1).unwrap();
+    transaction.execute("SELECT 1 / 0", &[]).unwrap_err();
+    assert_eq!(code(&transaction.commit().unwrap_err()), Some(SqlState::IN_FAILED_SQL_TRANSACTION));
+    assert_eq!(number(&table), 0);
+    assert!(guard.is_held());
+    is_refreshed(&guard);
+    assert!(theirs.try_lock("worker-2").unwrap().is_none());
     guard.unlock().unwrap();
     without_number(table);
 }
@@ -226,14 +229,12 @@ fn a_release_that_was_rolled_back_within_its_transaction_is_not_taken_for_one() 
     let table = Table::new();
     let (theirs, mut client) = (table.lock("l"), table.client());
     let guard = table.short_lock("l", ms(2_000), ms(100)).lock("worker-1").unwrap();
-    for (before, after) in [("SAVEPOINT s", "ROLLBACK TO s"), ("", "ROLLBACK"), ("", "ROLLBACK; BEGIN")] {
-        let mut transaction = client.transaction().unwrap();
-        transaction.batch_execute(before).unwrap();
-        let mut transaction = guard.unlock_in(transaction).unwrap();
-        transaction.batch_execute(after).unwrap();
+    for text in ["ROLLBACK", "ROLLBACK; BEGIN", "ROLLBACK AND CHAIN"] {
+        let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+        transaction.batch_execute(text).unwrap();
         let error = transaction.commit().unwrap_err();
-        assert!(matches!(error, Error::Fence { .. }), "{error:?}");
-        assert!(guard.is_held(), "after {after:?}");
+        assert!(matches!(error, Error::Fence { .. }) && error.to_string().contains("rolled back"), "{error}");
+        assert!(guard.is_held(), "after {text:?}");
         is_refreshed(&guard);
         assert!(theirs.try_lock("worker-2").unwrap().is_none());
     }
@@ -241,55 +242,55 @@ fn a_release_that_was_rolled_back_within_its_transaction_is_not_taken_for_one() 
     assert!(theirs.try_lock("worker-2").unwrap().is_some());
 }
 
-/// Its commit is that of a savepoint, after which the whole can still be rolled back.
+/// The commit of such a part is that of a savepoint, after which the whole can still be rolled back. The driver leaves a savepoint
+/// behind when it rolls back to it.
 #[test]
-fn the_release_in_a_transaction_within_another_one_counts_when_the_whole_has_ended() {
-    for is_committed in [false, true] {
+fn a_transaction_within_another_one_and_one_with_a_savepoint_are_refused_and_the_lock_is_held() {
+    let is_refused = |result: Result<UnlockTransaction<'_>, Error>, guard: &LockGuard| {
+        let error = result.map(drop).unwrap_err();
+        assert!(matches!(error, Error::Fence { .. }) && error.to_string().contains("within another one"), "{error}");
+        assert!(guard.is_held(), "as before");
+        is_refreshed(guard);
+    };
+    for level in LEVELS {
         let table = Table::new();
         with_number(&table);
         let (theirs, mut client) = (table.lock("l"), table.client());
-        let guard = table.short_lock("l", ms(20_000), ms(100)).lock("worker-1").unwrap();
-        let mut outer = client.transaction().unwrap();
-        let mut inner = guard.unlock_in(outer.transaction().unwrap()).unwrap();
+        // Too rarely for a refresh to come between.
+        let guard = table.short_lock("l", ms(20_000), ms(1_000)).lock("worker-1").unwrap();
+        let mut outer = begin(&mut client, level);
+        let mut inner = outer.transaction().unwrap();
         set(&mut inner, &table, 1).unwrap();
-        takes_at_most(ms(2_500), "the commit", || inner.commit()).unwrap();
-        assert!(!guard.is_held(), "it may be released at any time");
-        assert!(theirs.try_lock("worker-2").unwrap().is_none());
-        if is_committed {
-            outer.commit().unwrap();
-            assert!(theirs.try_lock_for("worker-2", ms(2_000)).unwrap().is_some());
-            assert!(!takes_at_most(ms(5_000), "the next refresh", || guard.lost().wait_for(Duration::MAX)));
-            guard.unlock().unwrap();
-        } else {
-            outer.rollback().unwrap();
-            eventually("it is held again", || guard.is_held());
-            is_refreshed(&guard);
-            assert!(theirs.try_lock("worker-2").unwrap().is_none());
-        }
-        assert_eq!(number(&table), i64::from(is_committed));
-        without_number(table);
-    }
-}
+        is_refused(guard.unlock_in(inner), &guard);
+        // Its own part is undone, and no more: the whole goes on, and its commit releases nothing.
+        set(&mut outer, &table, 2).unwrap();
+        outer.commit().unwrap();
+        assert_eq!(number(&table), 2);
+        assert!(guard.is_held() && theirs.try_lock("worker-2").unwrap().is_none());
 
-/// The driver leaves a savepoint behind when it rolls back to it.
-#[test]
-fn a_transaction_in_which_another_one_was_rolled_back_releases_the_lock() {
-    for level in LEVELS {
-        let table = Table::new();
-        let (ours, theirs, mut client) = (table.lock("l"), table.lock("l"), table.client());
-        let guard = ours.lock("worker-1").unwrap();
-        let own = waits_for(&ours);
+        let mut outer = begin(&mut client, level);
+        set(&mut outer, &table, 3).unwrap();
+        outer.transaction().unwrap().rollback().unwrap();
+        is_refused(guard.unlock_in(outer), &guard);
+        let mut outer = begin(&mut client, level);
+        set(&mut outer, &table, 3).unwrap();
+        outer.batch_execute("SAVEPOINT s").unwrap();
+        is_refused(guard.unlock_in(outer), &guard);
+        assert_eq!(number(&table), 2, "rolled back");
+        assert!(theirs.try_lock("worker-2").unwrap().is_none());
+
+        // What to do instead. One that was committed within it, and one that comes later, are in nobody's way.
         let mut outer = begin(&mut client, level);
         outer.transaction().unwrap().rollback().unwrap();
-        let transaction = guard.unlock_in(outer).unwrap();
-        let version = takes_at_most(ms(5_000), "the commit, and who waits", || {
-            transaction.commit().unwrap();
-            own.join().unwrap()
-        });
-        assert_eq!(version, 2);
-        assert!(!guard.is_held() && !guard.lost().is_lost());
-        guard.unlock().unwrap();
+        guard.fence(&mut outer).unwrap();
+        outer.commit().unwrap();
+        let mut outer = begin(&mut client, level);
+        outer.transaction().unwrap().commit().unwrap();
+        let mut transaction = guard.unlock_in(outer).unwrap();
+        transaction.transaction().unwrap().rollback().unwrap();
+        transaction.commit().unwrap();
         assert!(theirs.try_lock("worker-2").unwrap().is_some());
+        without_number(table);
     }
 }
 
@@ -327,18 +328,25 @@ fn the_same_owner_does_not_enter_again_what_is_being_released() {
 }
 
 #[test]
-fn an_inner_guard_of_a_lock_that_was_taken_twice_releases_nothing() {
+fn the_guards_of_a_lock_that_was_taken_twice_are_refused_and_the_last_one_is_not() {
     let table = Table::new();
+    with_number(&table);
     let (lock, theirs) = (table.lock("l"), table.lock("l"));
     let (outer, mut client) = (lock.lock("worker-1").unwrap(), table.client());
     let inner = lock.lock("worker-1").unwrap();
-    let transaction = inner.unlock_in(client.transaction().unwrap()).unwrap();
-    assert!(outer.is_held() && inner.is_held());
-    transaction.commit().unwrap();
+    for guard in [&inner, &outer] {
+        let mut transaction = client.transaction().unwrap();
+        set(&mut transaction, &table, 1).unwrap();
+        let error = guard.unlock_in(transaction).map(drop).unwrap_err();
+        assert!(matches!(error, Error::Fence { .. }) && error.to_string().contains("more than once"), "{error}");
+        assert!(outer.is_held() && inner.is_held());
+        assert_eq!(number(&table), 0, "rolled back");
+    }
     inner.unlock().unwrap();
     assert!(outer.is_held() && theirs.try_lock("worker-2").unwrap().is_none());
     outer.unlock_in(client.transaction().unwrap()).unwrap().commit().unwrap();
     assert!(theirs.try_lock("worker-2").unwrap().is_some());
+    without_number(table);
 }
 
 #[test]
@@ -405,6 +413,96 @@ fn it_leaves_the_transactions_settings_alone() {
     let mut transaction = guard.unlock_in(transaction).unwrap();
     assert_eq!(read(&mut transaction), before);
     transaction.commit().unwrap();
+}
+
+/// Makes all that PostgreSQL has of these names, of simple types, fail for who has the schema `evil` first in its search path.
+fn shadow(client: &mut Client, evil: &str) {
+    let create = "
+        CREATE SCHEMA evil;
+        CREATE FUNCTION evil.fails(bigint) RETURNS bigint LANGUAGE plpgsql AS 'BEGIN RAISE ''shadowed''; END';
+        CREATE AGGREGATE evil.count (\"any\") (
+            SFUNC = pg_catalog.int8inc_any, STYPE = bigint, INITCOND = '0', FINALFUNC = evil.fails);
+        CREATE AGGREGATE evil.count (*) (SFUNC = pg_catalog.int8inc, STYPE = bigint, INITCOND = '0', FINALFUNC = evil.fails);
+        DO $do$
+        DECLARE
+            simple CONSTANT regtype[] := '{text,bigint,integer,uuid,uuid[],xid,xid8,boolean,timestamptz,anyelement,anynonarray,anyarray}';
+            it record;
+        BEGIN
+            FOR it IN SELECT proname, proretset, prorettype::regtype AS returns,
+                    array_to_string(ARRAY(SELECT unnest(proargtypes)::regtype), ', ') AS arguments
+                FROM pg_proc
+                WHERE pronamespace = 'pg_catalog'::regnamespace AND prokind = 'f' AND proargmodes IS NULL
+                  AND proargtypes::oid[] <@ simple::oid[]
+                  AND (prorettype = ANY (simple) OR prorettype = 'void'::regtype)
+                  AND proname IN ('clock_timestamp', 'now', 'pg_notify', 'unnest', 'txid_current', 'pg_current_xact_id', 'right', 'left',
+                                  'concat', 'array_remove', 'array_append', 'array_position', 'cardinality', 'gen_random_uuid')
+            LOOP
+                EXECUTE format('CREATE FUNCTION evil.%I(%s) RETURNS %s %s LANGUAGE plpgsql AS $f$BEGIN RAISE ''shadowed %s''; END$f$',
+                    it.proname, it.arguments, CASE WHEN it.proretset THEN 'SETOF' END, it.returns, it.proname);
+            END LOOP;
+            FOR it IN SELECT DISTINCT oprname, l::text AS l, r::text AS r
+                FROM pg_operator, unnest(ARRAY[oprleft::regtype]) AS l, unnest(ARRAY[oprright::regtype]) AS r
+                WHERE oprnamespace = 'pg_catalog'::regnamespace AND oprleft = ANY (simple) AND oprright = ANY (simple)
+                UNION SELECT '||', l, r FROM unnest('{text,bigint,uuid}'::text[]) AS l, unnest('{text,bigint,uuid}'::text[]) AS r
+            LOOP
+                EXECUTE format('CREATE OR REPLACE FUNCTION evil.operator(%s, %s) RETURNS boolean LANGUAGE plpgsql AS
+                    ''BEGIN RAISE ''''a shadowed operator''''; END''', it.l, it.r);
+                EXECUTE format('CREATE OPERATOR evil.%s (FUNCTION = evil.operator, LEFTARG = %s, RIGHTARG = %s)', it.oprname, it.l, it.r);
+            END LOOP;
+            FOR it IN SELECT unnest('{text,uuid,int8,int4,timestamptz,xid,bool}'::text[]) AS name LOOP
+                EXECUTE format('CREATE DOMAIN evil.%I AS pg_catalog.%I CHECK (false)',
+                    it.name, it.name);
+            END LOOP;
+        END
+        $do$";
+    client.batch_execute(&create.replace("evil", evil)).unwrap();
+    client.batch_execute(&format!("SET search_path = {evil}, pg_catalog, public")).unwrap();
+    for fails in [
+        "clock_timestamp()",
+        "count(1)",
+        "count(pg_catalog.pg_notify('a', 'b'))",
+        "pg_notify('a', 'b')",
+        "txid_current()",
+    ]
+    .into_iter()
+    .chain([
+        "'a' || pg_catalog.gen_random_uuid()",
+        "7::bigint % 3::bigint",
+        "1::bigint = 1::bigint",
+        "'a'::text",
+        "'a'::uuid",
+    ])
+    .chain(["(SELECT a FROM unnest(ARRAY[pg_catalog.gen_random_uuid()]) WITH ORDINALITY AS t (a, b))"])
+    {
+        let mut transaction = client.transaction().unwrap();
+        let result = transaction.query(&format!("SELECT {fails}"), &[]);
+        assert!(result.is_err(), "{fails} isn't shadowed");
+    }
+}
+
+/// The search path of the caller's session is the caller's, and may have anything in it.
+#[test]
+fn nothing_in_the_callers_search_path_changes_what_a_release_or_a_fence_does() {
+    for level in LEVELS {
+        let table = Table::new();
+        let evil = format!("{}_evil", table.name);
+        let (ours, theirs, mut client) = (table.lock("l"), table.lock("l"), table.client());
+        shadow(&mut client, &evil);
+        let guard = ours.lock("worker-1").unwrap();
+        let mut transaction = begin(&mut client, level);
+        guard.fence(&mut transaction).unwrap();
+        guard.fence_past_deadline(&mut transaction).unwrap();
+        transaction.commit().unwrap();
+        guard.unlock_in(begin(&mut client, level)).unwrap().rollback().unwrap();
+        assert!(guard.is_held());
+        // With somebody to notify.
+        let waits = waits_for(&theirs);
+        eventually("it stands in the row", || table.waiters("l").len() == 1);
+        releasing(&guard, &mut client, level, |transaction| transaction.commit()).unwrap();
+        assert_eq!(takes_at_most(ms(5_000), "the hand-over", || waits.join().unwrap()), 2);
+        assert!(!guard.is_held() && !guard.lost().is_lost());
+        client.batch_execute(&format!("RESET search_path; DROP SCHEMA {evil} CASCADE")).unwrap();
+    }
 }
 
 #[test]

@@ -71,6 +71,8 @@ pub enum Call {
     Acquire {
         lock: String,
         how: How,
+        /// What its hold's lease is.
+        lease: Nanos,
     },
     /// Asks `is_held` and `remaining`.
     Look {
@@ -219,6 +221,13 @@ pub struct Operation {
     pub end: Option<(Nanos, Outcome)>,
 }
 
+impl Kind {
+    /// Whether it hurts calls. The others change what waiting processes find or are told, or end one hold.
+    pub fn hurts_calls(&self) -> bool {
+        !matches!(self, Kind::Harmless | Kind::Freed { .. } | Kind::DeadWaiters(..) | Kind::Misled)
+    }
+}
+
 impl Operation {
     pub fn outcome(&self) -> Option<&Outcome> {
         self.end.as_ref().map(|(_, outcome)| outcome)
@@ -282,6 +291,16 @@ pub enum Kind {
     Crashed,
     /// Commits on this lock were undone, as by a restore from a backup; on any, if it has no name.
     Undone(String),
+    /// Somebody ended the hold of this version by hand. Its row has the next version since, where `moves`.
+    Freed {
+        lock: String,
+        version: i64,
+        moves: bool,
+    },
+    /// So many processes that don't exist were put among those that wait for this lock.
+    DeadWaiters(String, u32),
+    /// What waiting processes are told was lost, or was false.
+    Misled,
     Other,
 }
 
@@ -315,6 +334,8 @@ pub struct History {
     pub begin: Nanos,
     /// When the last fault was over.
     pub healed: Nanos,
+    /// Until then no other run hurt the server.
+    pub alone_until: Nanos,
     pub end: Nanos,
 }
 
@@ -368,10 +389,22 @@ impl History {
                 lines.push((fault.begin, format!("{} — {}  FAULT {fault}", self.at(fault.begin), self.at(fault.end))));
             }
         }
+        // Looks repeat each other.
+        const SELDOM: Nanos = 200_000_000;
+        let mut looks: HashMap<(usize, u32, i64), Nanos> = HashMap::new();
+        let mut repeats = |look: &Operation| match (&look.call, look.outcome()) {
+            (Call::Look { version, .. }, Some(Outcome::Held(_))) => {
+                let last = looks.entry((look.process, look.thread, *version)).or_insert(0);
+                let is_soon = look.begin < *last + SELDOM;
+                *last = if is_soon { *last } else { look.begin };
+                is_soon
+            }
+            _ => false,
+        };
         for operation in &self.operations {
             let end = operation.end.as_ref().map_or(Nanos::MAX, |(end, _)| *end);
             let is_of_lock = lock.is_none() || operation.call.lock() == lock;
-            if is_of_lock && operation.begin < until && end > from {
+            if is_of_lock && operation.begin < until && end > from && !repeats(operation) {
                 let end = operation
                     .end
                     .as_ref()
@@ -382,7 +415,6 @@ impl History {
             }
         }
         lines.sort();
-        // Looks repeat each other.
         const MOST: usize = 150;
         let skipped = lines.len().saturating_sub(MOST);
         let near = lines.partition_point(|(at, _)| *at <= around);

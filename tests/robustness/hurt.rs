@@ -1,13 +1,16 @@
 //! What is done to the workers, the network, the server and the database: drawn from a seed, several at once.
 //!
-//! There are tracks that run beside each other: one for each worker's process, one for each worker's network, one for the
-//! server, and two for what is done inside the database. A track does one thing after another.
+//! There are tracks that run beside each other: one for each worker's process, one for several at once, one for each
+//! worker's network, one for the server, and three for what is done inside the database. A track does one thing after
+//! another.
+
+mod rows;
 
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use postgres::{Client, NoTls};
@@ -21,6 +24,8 @@ use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::workload::{FRESH_TIME, HOT};
+
+use rows::{Freeing, Placing};
 
 /// Something to be done, and for how long.
 #[derive(Clone, Debug)]
@@ -42,6 +47,12 @@ pub enum Hurt {
     /// Its wall clock jumps by an hour.
     WallClock {
         is_forward: bool,
+    },
+    // To several processes at the same moment.
+    KillTogether {
+        /// Those that only wait; else the others, but one.
+        waiting: bool,
+        spare: usize,
     },
     // To a worker's network.
     Cut,
@@ -66,23 +77,40 @@ pub enum Hurt {
     Fade {
         answers: Duration,
     },
+    /// A request is kept on its way, and comes later, when its connection is gone.
+    KeepRequest {
+        with: &'static str,
+        by: Duration,
+    },
+    /// From the answer to a request on, its connection says nothing any more.
+    SwallowAnswers {
+        with: &'static str,
+    },
     // To the server.
     Crash,
     Restart,
     Freeze,
     // Inside the database.
-    EndSessions {
-        only_listeners: bool,
-    },
+    EndSessions,
     TakeAllConnections,
     KeepSnapshot,
     LockRow,
+    LockTable,
+    // To the rows of locks, and to what those are told who wait for them.
+    PutDeadWaiters {
+        count: i32,
+        placing: Placing,
+        with_nulls: bool,
+    },
+    FreeRow(Freeing),
+    NotifyFalsely,
+    EndListeners,
     /// The newest hold of a lock has never been, as after a restore or a failover that lost it.
     UndoCommit,
 }
 
 /// Which hurts there are, without their details; a seed uses some of them.
-pub const KINDS: [&str; 18] = [
+pub const KINDS: [&str; 28] = [
     "kill",
     "short stop",
     "long stop",
@@ -101,7 +129,21 @@ pub const KINDS: [&str; 18] = [
     "full",
     "snapshot",
     "locked row",
+    "locked table",
+    "late request",
+    "swallowed answers",
+    "panics",
+    "leases",
+    "killed together",
+    "dead waiters",
+    "freed row",
+    "false notifications",
+    "lost notifications",
 ];
+
+/// Those that need not hurt a call, and may leave a lock free beside a waiter.
+const OF_WAITING: [&str; 7] =
+    ["panics", "leases", "killed together", "dead waiters", "freed row", "false notifications", "lost notifications"];
 
 impl Hurt {
     pub fn name(&self) -> &'static str {
@@ -120,10 +162,18 @@ impl Hurt {
             Hurt::Crash => "crash",
             Hurt::Restart => "restart",
             Hurt::Freeze => "freeze",
-            Hurt::EndSessions { .. } => "end sessions",
+            Hurt::EndSessions => "end sessions",
             Hurt::TakeAllConnections => "full",
             Hurt::KeepSnapshot => "snapshot",
             Hurt::LockRow => "locked row",
+            Hurt::LockTable => "locked table",
+            Hurt::KeepRequest { .. } => "late request",
+            Hurt::SwallowAnswers { .. } => "swallowed answers",
+            Hurt::KillTogether { .. } => "killed together",
+            Hurt::PutDeadWaiters { .. } => "dead waiters",
+            Hurt::FreeRow(_) => "freed row",
+            Hurt::NotifyFalsely => "false notifications",
+            Hurt::EndListeners => "lost notifications",
             Hurt::UndoCommit => "undone commit",
         }
     }
@@ -132,7 +182,9 @@ impl Hurt {
         match self {
             Hurt::StopForLessThanALease | Hurt::StopForMoreThanALease => Kind::Stopped,
             Hurt::LoseAnswer { .. } => Kind::LostAnswer,
-            Hurt::WallClock { .. } | Hurt::KeepSnapshot => Kind::Harmless,
+            // Who is killed is said apart.
+            Hurt::WallClock { .. } | Hurt::KeepSnapshot | Hurt::KillTogether { .. } => Kind::Harmless,
+            Hurt::NotifyFalsely | Hurt::EndListeners => Kind::Misled,
             Hurt::Crash => Kind::Crashed,
             _ => Kind::Other,
         }
@@ -144,10 +196,16 @@ impl Hurt {
 pub struct Plan {
     /// By worker.
     pub process: Vec<Vec<Planned>>,
+    pub together: Vec<Planned>,
     pub network: Vec<Vec<Planned>>,
     pub server: Vec<Planned>,
     pub database: Vec<Planned>,
     pub undone: Vec<Planned>,
+    pub rows: Vec<Planned>,
+    /// Whether the workers' loggers and callbacks panic.
+    pub panics: bool,
+    /// Whether threads have leases of different lengths for one lock.
+    pub leases: bool,
     /// The worker whose wall clock can be moved.
     pub clock: Option<usize>,
 }
@@ -159,6 +217,9 @@ impl Plan {
         let mut used: Vec<&str> = if random.random_bool(0.3) {
             // One or two things, again and again.
             KINDS.choose_multiple(&mut random, 2).copied().collect()
+        } else if random.random_bool(0.3) {
+            // Those who wait can be reached all the time, and have no excuse.
+            OF_WAITING.into_iter().filter(|_| random.random_bool(0.6)).collect()
         } else {
             KINDS.into_iter().filter(|_| random.random_bool(0.5)).collect()
         };
@@ -166,7 +227,7 @@ impl Plan {
             used.extend(KINDS);
         }
         // It weakens what can be asked for, so it comes in some seeds only.
-        let undoes = random.random_bool(0.25);
+        let undoes = random.random_bool(0.2);
         if undoes {
             used.push("undone commit");
         }
@@ -200,6 +261,10 @@ impl Plan {
             })
         });
         let process = process.collect();
+        let together = track(ms(3_000), &|random| {
+            let hurt = Hurt::KillTogether { waiting: random.random_bool(0.7), spare: random.random_range(0..workers) };
+            if has(hurt.name()) { vec![(hurt, random.random_range(ms(0)..ms(600)))] } else { Vec::new() }
+        });
         let network = (0..workers).map(|_| {
             track(ms(2_000), &|random| {
                 let mut delay = || if random.random_bool(0.3) { ms(0) } else { random.random_range(ms(1)..ms(600)) };
@@ -208,10 +273,14 @@ impl Plan {
                 let stall =
                     Hurt::Stall { requests: which & 1 > 0, answers: which & 2 > 0, then_cuts: random.random_bool(0.4) };
                 // Parts of our statements, and of the names that go with those that are prepared.
-                let to = ["pg_try_advisory", "acquire \"", "refresh \"", "release \"", "hand over \""];
-                let lost = Hurt::LoseAnswer { to: to.choose(random).copied().expect("one of five") };
+                let texts = ["pg_try_advisory", "acquire \"", "refresh \"", "release \"", "hand over \""];
+                let lost = Hurt::LoseAnswer { to: texts.choose(random).copied().expect("one of five") };
                 // To be late matters most where a transaction has begun: when the first hold of a lock is made.
-                let to = if random.random_bool(0.3) { to[0] } else { to.choose(random).copied().expect("one of five") };
+                let to = if random.random_bool(0.3) {
+                    texts[0]
+                } else {
+                    texts.choose(random).copied().expect("one of five")
+                };
                 let is_first = to == "pg_try_advisory";
                 let by = if !is_first && random.random_bool(0.5) {
                     ms(100)..ms(500)
@@ -221,7 +290,16 @@ impl Plan {
                 };
                 let late = Hurt::HoldBackAnswer { to, by: random.random_range(by) };
                 let fade = Hurt::Fade { answers: random.random_range(lease / 5..lease * 2 / 5) };
+                // Mostly one that takes a lock.
+                let with = if random.random_bool(0.5) {
+                    texts[1]
+                } else {
+                    texts[1..].choose(random).copied().expect("one of four")
+                };
+                let keep = Hurt::KeepRequest { with, by: random.random_range(ms(300)..ms(3_500)) };
                 let all = [
+                    (keep, ms(1_000)),
+                    (Hurt::SwallowAnswers { with }, random.random_range(ms(1_000)..ms(3_500))),
                     (Hurt::Cut, ms(0)),
                     (lost, ms(200)),
                     (late, FRESH_TIME),
@@ -243,21 +321,29 @@ impl Plan {
         });
         let database = track(ms(2_500), &|random| {
             let all = [
-                (Hurt::EndSessions { only_listeners: random.random_bool(0.3) }, ms(0)),
+                (Hurt::EndSessions, ms(0)),
                 (Hurt::TakeAllConnections, random.random_range(ms(200)..ms(1_500))),
                 (Hurt::KeepSnapshot, random.random_range(ms(500)..ms(3_000))),
                 (Hurt::LockRow, random.random_range(ms(50)..lease * 5 / 4)),
+                // Seldom for long: nothing else happens meanwhile.
+                (Hurt::LockTable, ms(1_000) + ms(6_000).mul_f64(random.random_range(0.0..1.0_f64).powi(3))),
             ];
             all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
         });
         let undone = track(ms(2_000), &|_| if undoes { vec![(Hurt::UndoCommit, ms(0))] } else { Vec::new() });
-        Plan { process, network, server, database, undone, clock }
+        let rows = track(ms(1_200), &|random| {
+            rows::draw(random).into_iter().filter(|hurt| has(hurt.name())).map(|hurt| (hurt, ms(0))).collect()
+        });
+        let (panics, leases) = (has("panics"), has("leases"));
+        Plan { process, together, network, server, database, undone, rows, panics, leases, clock }
     }
 
     /// The names of all that is done.
     pub fn hurts(&self) -> impl Iterator<Item = &'static str> {
         let by_worker = self.process.iter().chain(&self.network);
-        by_worker.chain([&self.server, &self.database, &self.undone]).flatten().map(|planned| planned.hurt.name())
+        let others = [&self.together, &self.server, &self.database, &self.undone, &self.rows];
+        let done = by_worker.chain(others).flatten().map(|planned| planned.hurt.name());
+        done.chain(self.panics.then_some("panics")).chain(self.leases.then_some("leases"))
     }
 }
 
@@ -300,7 +386,13 @@ impl Targets<'_> {
                     None
                 })
             });
-            for track in [&plan.database, &plan.undone] {
+            scope.spawn(|| {
+                self.run(&plan.together, lasts, None, |planned| {
+                    self.kill_together(planned);
+                    None
+                })
+            });
+            for track in [&plan.database, &plan.undone, &plan.rows] {
                 scope.spawn(|| self.run(track, lasts, None, |planned| self.hurt_database(planned)));
             }
         });
@@ -319,16 +411,33 @@ impl Targets<'_> {
             }
             let begin = now();
             let kind = hurt(planned).unwrap_or_else(|| planned.hurt.kind());
-            let what = format!("{:?} for {:?}", planned.hurt, planned.lasts);
-            let fault = Fault { what, kind, worker, begin, end: now() };
-            self.faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+            self.note(planned, kind, worker, begin);
+        }
+    }
+
+    fn note(&self, planned: &Planned, kind: Kind, worker: Option<usize>, begin: Nanos) {
+        let what = format!("{:?} for {:?}", planned.hurt, planned.lasts);
+        let fault = Fault { what, kind, worker, begin, end: now() };
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+    }
+
+    fn kill_together(&self, planned: &Planned) {
+        let Hurt::KillTogether { waiting, spare } = planned.hurt else { unreachable!("{planned:?}") };
+        let mut killed = self.workers.which(waiting);
+        killed.retain(|worker| waiting || *worker != spare);
+        let begin = now();
+        self.workers.kill(&killed);
+        thread::sleep(planned.lasts);
+        for worker in killed {
+            self.workers.start_again(worker);
+            self.note(planned, Kind::Other, Some(worker), begin);
         }
     }
 
     fn hurt_process(&self, worker: usize, planned: &Planned) {
         match planned.hurt {
             Hurt::Kill => {
-                self.workers.kill(worker);
+                self.workers.kill(&[worker]);
                 thread::sleep(planned.lasts);
                 self.workers.start_again(worker);
             }
@@ -377,14 +486,24 @@ impl Targets<'_> {
         let mut client = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls).ok()?;
         let table = self.table;
         match planned.hurt {
-            Hurt::EndSessions { only_listeners } => {
-                let which = if only_listeners { "query LIKE 'LISTEN%'" } else { "random() < 0.7" };
-                let sql = format!(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                     WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND {which}"
-                );
-                client.batch_execute(&sql).ok();
+            Hurt::EndSessions => {
+                let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                           WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND random() < 0.7";
+                client.batch_execute(sql).ok();
             }
+            Hurt::LockTable => {
+                // Behind whoever uses it now; everybody else stands behind this one meanwhile.
+                let sql = format!("SET lock_timeout = '3s'; BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
+                if client.batch_execute(&sql).is_ok() {
+                    thread::sleep(planned.lasts);
+                }
+            }
+            Hurt::PutDeadWaiters { count, placing, with_nulls } => {
+                return Some(rows::put_dead_waiters(&mut client, table, count, placing, with_nulls));
+            }
+            Hurt::FreeRow(how) => return Some(rows::free_row(&mut client, table, how)),
+            Hurt::NotifyFalsely => rows::notify_falsely(&mut client, table),
+            Hurt::EndListeners => rows::end_listeners(&mut client),
             Hurt::TakeAllConnections => {
                 let mut taken = Vec::new();
                 while let Ok(another) = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls) {
@@ -428,6 +547,25 @@ impl Targets<'_> {
 
 fn hurt_network(proxy: &Proxy, planned: &Planned) {
     match planned.hurt {
+        Hurt::KeepRequest { with, by } => {
+            proxy.keep_request(with.as_bytes());
+            let start = Instant::now();
+            while proxy.kept_requests() == 0 && start.elapsed() < planned.lasts {
+                thread::sleep(ms(5));
+            }
+            proxy.keep_no_request();
+            if proxy.kept_requests() > 0 {
+                thread::sleep(by);
+                proxy.deliver();
+            }
+        }
+        Hurt::SwallowAnswers { with } => {
+            proxy.swallow_answers_after(with.as_bytes());
+            thread::sleep(planned.lasts);
+            proxy.swallow_no_answers();
+            // Nobody is left with a connection that says nothing.
+            proxy.cut();
+        }
         Hurt::Cut => proxy.cut(),
         Hurt::LoseAnswer { to } => {
             proxy.lose_answer_to(to.as_bytes());

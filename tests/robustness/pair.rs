@@ -6,7 +6,8 @@ use crate::history::{Fault, History, Kind, Nanos, now};
 use crate::run::{Run, TIMES, one_at_a_time};
 use crate::support::ms;
 use crate::support::server::Pair;
-use crate::workload::{HOT, OWN, QUEUE};
+use crate::verdict::LONGEST_LOOK;
+use crate::workload::{HOT, Habits, OWN, QUEUE};
 
 /// How long they work before the primary dies, and after the promotion.
 const WORK: Duration = ms(2_000);
@@ -16,7 +17,7 @@ fn the_primary_dies_under_load_and_the_verdict_holds() {
     let _alone = one_at_a_time();
     let mut pair = Pair::synchronous();
     let run = Run::new("pair", pair.dsn.clone());
-    let workers = run.start(1, vec![pair.dsn.clone(); 3], None);
+    let workers = run.start(1, vec![pair.dsn.clone(); 3], 0, Habits::default(), None);
     std::thread::sleep(WORK);
     let begin = now();
     pair.primary.kill();
@@ -26,9 +27,10 @@ fn the_primary_dies_under_load_and_the_verdict_holds() {
     let what = "the primary dies, and the standby is promoted".to_owned();
     let faults = vec![Fault { what, kind: Kind::Crashed, worker: None, begin, end: promoted }];
     std::thread::sleep(WORK);
-    let history = History { begin: run.began, healed: promoted, faults, ..History::default() };
-    workers.calm_down(TIMES.lease + ms(5_500));
+    let mut history = History { begin: run.began, healed: promoted, faults, ..History::default() };
+    workers.calm_down(TIMES.longest_lease + LONGEST_LOOK);
     workers.stop(ms(8_000));
+    history.alone_until = now();
     let mut gaps = Vec::new();
     let report = run.judge(1, workers, history, Vec::new(), |history| {
         gaps.extend([HOT, QUEUE, OWN].map(|lock| longest_gap(history, lock, begin)));

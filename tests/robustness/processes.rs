@@ -78,7 +78,8 @@ impl Workers {
         let mut setting = self.settings[worker].clone();
         let process = {
             let mut lives = locked(&self.lives);
-            let (begin, threads) = (now(), setting.threads);
+            // Those that only wait have nothing to recover.
+            let (begin, threads) = (now(), if setting.only_waits { 0 } else { setting.threads });
             lives.push(Life { worker, begin, end: None, ending: None, threads, left: None, said: String::new() });
             lives.len() - 1
         };
@@ -114,16 +115,27 @@ impl Workers {
         slot.0 = Some((process, child));
     }
 
-    pub fn kill(&self, worker: usize) {
-        let mut slot = locked(&self.slots[worker]);
-        self.see_end(&mut slot);
-        if let Some((process, mut child)) = slot.0.take() {
-            let before = now();
+    /// Kills workers at the same moment.
+    pub fn kill(&self, workers: &[usize]) {
+        let mut slots: Vec<_> = workers.iter().map(|worker| locked(&self.slots[*worker])).collect();
+        slots.iter_mut().for_each(|slot| {
+            self.see_end(slot);
+        });
+        let mut killed: Vec<(usize, Child)> = slots.iter_mut().filter_map(|slot| slot.0.take()).collect();
+        let before = now();
+        for (_, child) in &mut killed {
             child.kill().expect("kill a worker");
+        }
+        for (process, child) in &mut killed {
             child.wait().expect("wait for a worker");
             let mut lives = locked(&self.lives);
-            (lives[process].end, lives[process].ending) = (Some(before), Some(LifeEnd::Killed));
+            (lives[*process].end, lives[*process].ending) = (Some(before), Some(LifeEnd::Killed));
         }
+    }
+
+    /// The workers that only wait, or the others.
+    pub fn which(&self, only_wait: bool) -> Vec<usize> {
+        (0..self.settings.len()).filter(|worker| self.settings[*worker].only_waits == only_wait).collect()
     }
 
     pub fn signal(&self, worker: usize, signal: Signal) {

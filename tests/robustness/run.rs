@@ -17,12 +17,18 @@ use crate::processes::{Workers, history_of, wall_clock};
 use crate::support::ms;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;
-use crate::verdict::{Counts, Times, Violation, judge};
-use crate::workload::{HOT, QUEUE, Setting, register_ddl};
+use crate::verdict::{Counts, LONGEST_LOOK, Times, Violation, judge};
+use crate::workload::{FOLLOW_UP, HOT, Habits, QUEUE, Setting, register_ddl};
 
-pub const TIMES: Times = Times { lease: ms(2_000), refresh: ms(400), own_lease: ms(15_000) };
+pub const TIMES: Times =
+    Times { lease: ms(2_000), longest_lease: ms(3_000), refresh: ms(400), own_lease: ms(15_000), idle: ms(5_000) };
 const WORKERS: usize = 3;
 const THREADS: u32 = 4;
+/// How many workers there are beside them that only wait, and their threads.
+const WAITING: usize = 2;
+const WAITING_THREADS: u32 = 3;
+/// Of a waiter in a row: not one that was put there, see `hurt`.
+const IS_A_PROCESS: &str = "waiter::text NOT LIKE 'dead%'";
 /// How long everything is hurt.
 const FAULTS: Duration = ms(6_000);
 /// After so many violations of a run nobody reads on.
@@ -41,13 +47,14 @@ pub struct Report {
 /// Runs a seed, and judges it when its processes have ended, which the next run needn't wait for.
 pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     let plan = Plan::draw(seed, WORKERS, FAULTS, TIMES.lease);
+    let habits = Habits { panic: plan.panics, have_other_leases: plan.leases };
     let run = Run::new(&format!("seed-{seed}"), locked(server).dsn.clone());
     let proxies: Vec<Proxy> = (0..WORKERS).map(|_| Proxy::to(&run.dsn)).collect();
     let dsns = proxies.iter().map(|proxy| proxy.dsn.clone()).collect();
     let clock_file = run.folder.join("clock");
     let clock = plan.clock.zip(wall_clock()).map(|(worker, library)| (worker, library, clock_file.clone()));
     fs::write(&clock_file, "+0").expect("write the clock");
-    let workers = run.start(seed, dsns, clock);
+    let workers = run.start(seed, dsns, WAITING, habits, clock);
     let faults = Mutex::default();
     let targets = Targets {
         workers: &workers,
@@ -69,9 +76,10 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     let mut history = History { begin: run.began, healed: now(), ..History::default() };
     history.faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
     history.faults.sort_by_key(|fault| fault.begin);
-    workers.calm_down(TIMES.lease + ms(5_500));
+    workers.calm_down(TIMES.longest_lease + LONGEST_LOOK);
     workers.stop(ms(8_000));
     run.wait_for_the_last_to_leave_the_rows();
+    history.alone_until = now();
     let used = plan.hurts().collect();
     thread::spawn(move || {
         let report = run.judge(seed, workers, history, used, |_| ());
@@ -110,9 +118,17 @@ impl Run {
         Run { name: name.to_owned(), dsn, table, folder, began: now() }
     }
 
-    /// Starts a worker for each DSN.
-    pub fn start(&self, seed: u64, dsns: Vec<String>, clock: Option<(usize, PathBuf, PathBuf)>) -> Workers {
+    /// Starts a worker for each DSN, and some that only wait.
+    pub fn start(
+        &self,
+        seed: u64,
+        mut dsns: Vec<String>,
+        waiting: usize,
+        habits: Habits,
+        clock: Option<(usize, PathBuf, PathBuf)>,
+    ) -> Workers {
         let workers = dsns.len();
+        dsns.extend(std::iter::repeat_n(self.dsn.clone(), waiting));
         let setting = |(worker, dsn): (usize, String)| Setting {
             dsn: format!("{dsn} connect_timeout=1"),
             table: self.table.clone(),
@@ -121,10 +137,14 @@ impl Run {
             worker,
             workers,
             process: 0,
-            threads: THREADS,
+            threads: if worker < workers { THREADS } else { WAITING_THREADS },
+            only_waits: worker >= workers,
+            habits,
             // One works with the fewest.
             max_connections: [4, 2, 3].get(worker).copied().unwrap_or(4),
             lease: TIMES.lease,
+            longest_lease: TIMES.longest_lease,
+            idle: TIMES.idle,
             refresh: TIMES.refresh,
             own_lease: TIMES.own_lease,
             began: self.began,
@@ -141,13 +161,13 @@ impl Run {
         used: Vec<&'static str>,
         look: impl FnOnce(&History),
     ) -> Report {
-        history.lives = workers.end(TIMES.own_lease + Duration::from_secs(20));
+        history.lives = workers.end(TIMES.own_lease.max(FOLLOW_UP) + ms(20_000));
         for process in 0..history.lives.len() {
             history.read(process, &history_of(&self.folder, process));
         }
         history.end_of_the_abandoned();
         // Whoever died holding a lock holds it for a lease.
-        let settled = history.healed + nanos(TIMES.lease + ms(1_000));
+        let settled = history.healed + nanos(TIMES.longest_lease + ms(1_000));
         thread::sleep(Duration::from_nanos(settled.saturating_sub(now())));
         self.read_tables(&mut history);
         history.end = now();
@@ -163,7 +183,10 @@ impl Run {
     /// A process takes itself out of the row of a lock in the background. The next run's faults are none of this one's.
     fn wait_for_the_last_to_leave_the_rows(&self) {
         let start = Instant::now();
-        let sql = format!("SELECT count(*) FROM {} WHERE lock_id IN ($1, $2) AND waiters IS NOT NULL", self.table);
+        let sql = format!(
+            "SELECT count(*) FROM {}, unnest(waiters) AS waiter WHERE lock_id IN ($1, $2) AND {IS_A_PROCESS}",
+            self.table
+        );
         while start.elapsed() < ms(2_000) {
             let count =
                 Client::connect(&self.dsn, NoTls).and_then(|mut client| client.query_one(&sql, &[&HOT, &QUEUE]));
@@ -194,7 +217,7 @@ impl Run {
         let mut client = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls)?;
         let sql = format!(
             "SELECT lock_id, version, released_at IS NULL AND lease_expire_time > clock_timestamp(),
-                    coalesce(cardinality(waiters), 0)::bigint FROM {table}"
+                    (SELECT count(*) FROM unnest(waiters) AS waiter WHERE {IS_A_PROCESS}) FROM {table}"
         );
         let row = |row: &postgres::Row| Row {
             lock: row.get(0),

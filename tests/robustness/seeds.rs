@@ -32,7 +32,8 @@ fn whatever_is_hurt_the_verdict_holds() {
     let seeds = number("SEEDS").unwrap_or(if minutes.is_some() { u64::MAX } else { SEEDS });
     let enough = number("ENOUGH").unwrap_or(ENOUGH);
     let minutes = minutes.map(|minutes| Duration::from_secs(60 * minutes));
-    let server = Arc::new(Mutex::new(Server::start_with(&["-c", "max_connections=80"])));
+    // Several runs may be ending at once.
+    let server = Arc::new(Mutex::new(Server::start_with(&["-c", "max_connections=160"])));
     let (start, mut counts, mut used) = (Instant::now(), Counts::default(), BTreeSet::new());
     let (mut judged, mut broken) = (0, Vec::new());
     let mut see = |report: Report| {

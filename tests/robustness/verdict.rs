@@ -6,11 +6,27 @@
 //! | 1 | one owner: no hold is trusted while, or after, a newer one is |
 //! | 2 | versions grow with every hold, in the order of the holds, and belong to one hold each |
 //! | 3 | no write is committed after one of a newer hold, nor once a newer hold was taken, nor if it was refused |
-//! | 4 | after the last fault everybody gets every lock within a lease and 5 s; nothing is left over at the end |
+//! | 4 | after the last fault everybody gets every lock within a lease and the look; nothing is left over at the end |
 //! | 5 | no call takes longer than its documentation says |
 //! | 6 | nothing panics, and no error comes that no fault explains |
 //! | 7 | no lock is refused that nobody else wants, where nothing but an answer was lost |
 //! | 8 | no hold is lost before its deadline; while nothing hurts it is refreshed, and its writes are not refused |
+//! | 9 | no lock is free beside a live waiter for longer than the look; where nothing has hurt, than the grace |
+//!
+//! The **grace** is 1.1 s. A released lock is promised to one of those who wait for 100 ms, and then another one takes
+//! it; the second is for a machine that does other things as well. It is asked for where nothing has hurt anybody for
+//! [`QUIET`], and nobody dead can stand in the row.
+//!
+//! The **look** is 7 s (and up to 17 s where more than fifty stand in the row). Whoever waits looks by itself every 5
+//! s, whatever stands in the row, and whatever it was told, or wasn't. Then it gives those before it 10 ms each, a
+//! second at most, and has another one to take the lock.
+//!
+//! A lock is *free* from when a hold is over for certain (its release said so; it was dropped and nothing had hurt; its
+//! lease ran out, with the time that a last refresh may have been on its way; somebody freed the row) to when the next
+//! version was said to be taken, or could have been without our hearing of it, and only where no version was taken
+//! between. Time in which the waiter, its network or the server was hurt, or a transaction may have locked the row,
+//! doesn't count: the bound begins anew after it. One call waits all the time; that somebody else comes and goes is not
+//! asked.
 //!
 //! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
 //! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a
@@ -22,20 +38,34 @@
 
 #[cfg(test)]
 mod examples;
+#[cfg(test)]
+#[path = "verdict/waiting_examples.rs"]
+mod waiting_examples;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod conduct;
+mod liveness;
+mod safety;
+
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::Duration;
 
 use crate::history::{
-    Call, Ending, Failure, Fault, History, Kind, Level, LifeEnd, Nanos, Operation, Outcome, Written, nanos,
+    Call, Ending, Failure, Fault, History, How, Kind, Level, LifeEnd, Nanos, Operation, Outcome, Written, nanos,
 };
 use crate::workload::{HOT, OWN, QUEUE};
 
 /// What is allowed beyond a promised time, on a machine that does other things as well.
 const SLACK: Duration = Duration::from_millis(1_000);
-/// How long everybody may take to get every lock, beyond a lease.
-const RECOVERY: Duration = Duration::from_secs(5);
+/// A lock is free no longer than this beside a live waiter: the look. So long everybody may take to get every lock,
+/// beyond a lease.
+const LOOK: Duration = Duration::from_millis(5_000 + 2_000);
+/// The most where many stand in its row.
+pub const LONGEST_LOOK: Duration = Duration::from_secs(15 + 2);
+/// The same where nothing has hurt: the grace.
+const GRACE: Duration = Duration::from_millis(100 + 1_000);
+/// A connection that was lost is there again, and whoever uses it has looked.
+const QUIET: Duration = Duration::from_secs(2);
 /// What it takes to refresh a lease after a fault, beyond the interval.
 const REFRESH_SLACK: Duration = Duration::from_millis(700);
 
@@ -49,19 +79,13 @@ const STRAY: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
     pub lease: Duration,
+    /// Of those whose lease is another one.
+    pub longest_lease: Duration,
     pub refresh: Duration,
+    /// Of a thread's own locks.
     pub own_lease: Duration,
-}
-
-impl Times {
-    fn lease_of(&self, lock: &str) -> Duration {
-        if lock.starts_with(OWN) { self.own_lease } else { self.lease }
-    }
-
-    /// How long before the deadline a hold may be told to be lost: a hundredth of the lease, at most 100 ms.
-    fn told_early(&self, lock: &str) -> Duration {
-        (self.lease_of(lock) / 100).min(Duration::from_millis(100))
-    }
+    /// How long a transaction of the workers may be idle before the server ends it.
+    pub idle: Duration,
 }
 
 #[derive(Clone, Debug)]
@@ -95,6 +119,12 @@ pub struct Counts {
     pub refused: usize,
     /// Those of them that came when a newer hold had been taken: what a fence is for.
     pub refused_late: usize,
+    /// Free times of a lock beside somebody who waited for it, and the longest of them.
+    pub free: usize,
+    pub longest_free: Duration,
+    /// Those of them that nothing had hurt.
+    pub free_quietly: usize,
+    pub longest_quietly: Duration,
 }
 
 impl std::ops::AddAssign for Counts {
@@ -109,16 +139,23 @@ impl std::ops::AddAssign for Counts {
         self.writes += other.writes;
         self.refused += other.refused;
         self.refused_late += other.refused_late;
+        self.free += other.free;
+        self.longest_free = self.longest_free.max(other.longest_free);
+        self.free_quietly += other.free_quietly;
+        self.longest_quietly = self.longest_quietly.max(other.longest_quietly);
     }
 }
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, writes, refused, refused_late } = self;
+        let Counts { holds, takeovers, lost, calls, unanswered, faults, kills, .. } = self;
+        let Counts { writes, refused, refused_late, free, longest_free, free_quietly, longest_quietly, .. } = self;
         write!(
             f,
             "{holds} holds, {takeovers} takeovers, {lost} losses, {calls} calls ({unanswered} unanswered), \
-             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer hold)"
+             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer hold), \
+             {free} times free beside a waiter (for {longest_free:.1?} at most; {free_quietly} of them unhurt, \
+             for {longest_quietly:.1?})"
         )
     }
 }
@@ -176,6 +213,16 @@ impl<'a> Hold<'a> {
         })
     }
 
+    fn lease(&self) -> Nanos {
+        let Call::Acquire { lease, .. } = self.acquire.call else { return 0 };
+        lease
+    }
+
+    /// How long before the deadline it may be told to be lost: a hundredth of the lease, at most 100 ms.
+    fn told_early(&self) -> Nanos {
+        (self.lease() / 100).min(100_000_000)
+    }
+
     fn name(&self) -> String {
         format!("version {} (p{}.{})", self.version, self.acquire.process, self.acquire.thread)
     }
@@ -212,8 +259,11 @@ pub fn judge(history: &History, times: Times) -> (Vec<Violation>, Counts) {
     judge.nothing_refused_for_nothing(&mut found);
     judge.no_hold_lost_for_nothing(&mut found);
     judge.no_write_refused_for_nothing(&mut found);
+    let free = judge.no_free_lock_beside_a_waiter(&mut found);
     found.0.sort_by_key(|violation| (violation.rule, violation.at));
-    (found.0, judge.counts())
+    let mut counts = judge.counts();
+    counts += free;
+    (found.0, counts)
 }
 
 fn holds(history: &History) -> BTreeMap<&str, Vec<Hold<'_>>> {
@@ -278,6 +328,29 @@ impl<'a> Judge<'a> {
         self.history.faults.iter().filter(is_of).map(|fault| (fault.begin, fault.end))
     }
 
+    /// When somebody ended a hold by hand: the moment just before, and just after.
+    fn freed(&self, hold: &Hold<'_>) -> Option<(Nanos, Nanos)> {
+        let is_of = |fault: &&Fault| {
+            matches!(&fault.kind, Kind::Freed { lock, version, .. }
+            if *lock == hold.lock && *version == hold.version)
+        };
+        self.history.faults.iter().find(is_of).map(|fault| (fault.begin, fault.end))
+    }
+
+    /// How long a lock may be free at most. Where more than fifty stand in a row, each of them looks every tenth of a
+    /// second times their number, up to 15 s; and some of those who were put there may have gone.
+    fn look(&self, lock: &str, until: Nanos) -> Duration {
+        let before = self.history.faults.iter().filter(|fault| fault.begin < until);
+        let dead = before.map(|fault| match &fault.kind {
+            Kind::DeadWaiters(of, count) if of == lock => *count,
+            _ => 0,
+        });
+        // Beside them, those of the run.
+        let stand = dead.sum::<u32>() + 10;
+        LOOK + (Duration::from_millis(100) * stand).clamp(Duration::from_secs(5), Duration::from_secs(15))
+            - Duration::from_secs(5)
+    }
+
     /// When commits were last undone after one of the two began and before the other was over, if they were.
     fn undone_between(&self, lock: &str, first: &Operation, second: &Operation) -> Option<Nanos> {
         let until = |operation: &Operation| operation.end.as_ref().map_or(Nanos::MAX, |(end, _)| *end);
@@ -287,211 +360,6 @@ impl<'a> Judge<'a> {
 
     fn is_undone_between(&self, lock: &str, first: &Operation, second: &Operation) -> bool {
         self.undone_between(lock, first, second).is_some()
-    }
-
-    fn the_history_is_one(&self, found: &mut Found) {
-        let history = self.history;
-        let mut last: HashMap<(usize, u32), &Operation> = HashMap::new();
-        for operation in &history.operations {
-            let (begin, end) = (operation.begin, operation.end.as_ref().map_or(history.end, |(end, _)| *end));
-            let life = &history.lives[operation.process];
-            if begin < life.begin || end > history.end || end < begin || begin > history.end {
-                let text = format!("{:?} began at {begin} and ended at {end}, out of its time", operation.call);
-                found.add(0, begin, operation.call.lock(), text);
-            }
-            if let Some(before) = last.insert((operation.process, operation.thread), operation) {
-                let is_over = before.end.as_ref().is_some_and(|(end, _)| *end <= begin);
-                if !is_over {
-                    let text = format!("{:?} began while its thread was in {:?}", operation.call, before.call);
-                    found.add(0, begin, operation.call.lock(), text);
-                }
-            }
-            if let Call::Look { lock, version }
-            | Call::Write { lock, version, .. }
-            | Call::Release { lock, version, .. } = &operation.call
-            {
-                let of_lock = self.holds.get(lock.as_str());
-                let is_known = of_lock.is_some_and(|holds| holds.iter().any(|hold| hold.version == *version));
-                if !is_known {
-                    found.add(0, begin, Some(lock), format!("{:?} of a hold that nobody took", operation.call));
-                }
-            }
-        }
-        // What the database acknowledged is there, once, and what is there was sent.
-        let there: HashMap<u64, usize> = history.written.iter().fold(HashMap::new(), |mut there, written| {
-            *there.entry(written.id).or_default() += 1;
-            there
-        });
-        let mut sent = HashSet::new();
-        for operation in &history.operations {
-            let Some(id) = operation.call.write_id() else { continue };
-            sent.insert(id);
-            let times = there.get(&id).copied().unwrap_or_default();
-            if operation.outcome() == Some(&Outcome::Done) && times != 1 {
-                let text = format!("{:?} was acknowledged and is there {times} times", operation.call);
-                found.add(0, operation.begin, operation.call.lock(), text);
-            }
-        }
-        for written in history.written.iter().filter(|written| !sent.contains(&written.id)) {
-            found.add(0, history.end, Some(&written.lock), format!("{written:?} was never sent"));
-        }
-    }
-
-    fn one_owner(&self, found: &mut Found) {
-        for (lock, holds) in &self.holds {
-            let lease = nanos(self.times.lease_of(lock) + SLACK);
-            for (index, newer) in holds.iter().enumerate() {
-                for older in holds.iter().take(index) {
-                    let (Some(older_from), Some(newer_from)) = (older.trusted_from, newer.trusted_from) else {
-                        continue;
-                    };
-                    if older.trusted_until <= newer_from {
-                        continue;
-                    }
-                    let undone = self.undone_between(lock, older.acquire, newer.acquire);
-                    let both_from = older_from.max(newer_from);
-                    let both_until = older.trusted_until.min(newer.trusted_until);
-                    let is_broken = match undone {
-                        // Which one is the newer says its version.
-                        None => older.version < newer.version || both_from < both_until,
-                        // By then a refresh has told it.
-                        Some(undone) => both_from < both_until && both_until > undone + lease,
-                    };
-                    if is_broken {
-                        let at = |at| self.history.at(at);
-                        let text = format!(
-                            "two owners of {lock:?}: {} was trusted from {} to {} ms, and the newer {} from {} ms on",
-                            older.name(),
-                            at(older_from),
-                            at(older.trusted_until),
-                            newer.name(),
-                            at(newer_from),
-                        );
-                        found.add(1, newer_from, Some(lock), text);
-                    }
-                }
-            }
-        }
-    }
-
-    /// A hold whose commit was undone is over. Its owner hears of it from its next refresh.
-    fn undone_owners_are_told(&self, found: &mut Found) {
-        for hold in self.holds.values().flatten() {
-            for (begin, end) in self.undone(hold.lock) {
-                let was_held = hold.trusted_from.is_some_and(|from| from < begin)
-                    && hold.release.is_none_or(|release| release.begin > end);
-                let process = hold.acquire.process;
-                let trusts = |look: &&&Operation| {
-                    matches!(look.end, Some((_, Outcome::Held(_))))
-                        && look.begin > end
-                        && self.clear_time(process, end, look.begin) > nanos(self.times.refresh + REFRESH_SLACK)
-                };
-                if let Some(look) = hold.looks.iter().find(trusts).filter(|_| was_held) {
-                    let (name, undone) = (hold.name(), self.history.at(end));
-                    let text = format!("{:?}: {name} was undone at {undone} ms, and is still trusted", hold.lock);
-                    found.add(1, look.begin, Some(hold.lock), text);
-                }
-            }
-        }
-    }
-
-    fn versions_grow(&self, found: &mut Found) {
-        for (lock, holds) in &self.holds {
-            for pair in holds.windows(2) {
-                let [first, second] = pair else { continue };
-                if first.version == second.version && !self.is_undone_between(lock, first.acquire, second.acquire) {
-                    let text = format!("{lock:?}: {} and {} are one version", first.name(), second.name());
-                    found.add(2, second.acquire.begin, Some(lock), text);
-                }
-            }
-            // Who asked after another one had got the lock gets a greater version.
-            let mut by_begin: Vec<&Hold<'_>> = holds.iter().collect();
-            by_begin.sort_by_key(|hold| hold.acquire.begin);
-            let mut by_end = by_begin.clone();
-            by_end.sort_by_key(|hold| hold.acquire.end.as_ref().map(|(end, _)| *end));
-            let (mut ended, mut greatest) = (by_end.into_iter().peekable(), None::<&Hold<'_>>);
-            for hold in by_begin {
-                let is_before =
-                    |other: &&Hold<'_>| other.acquire.end.as_ref().is_some_and(|(end, _)| *end < hold.acquire.begin);
-                while let Some(other) = ended.next_if(is_before) {
-                    let is_new_era =
-                        greatest.is_some_and(|greatest| self.is_undone_between(lock, greatest.acquire, other.acquire));
-                    if is_new_era || greatest.is_none_or(|greatest| greatest.version < other.version) {
-                        greatest = Some(other);
-                    }
-                }
-                if let Some(before) = greatest
-                    && before.version > hold.version
-                    && !self.is_undone_between(lock, before.acquire, hold.acquire)
-                {
-                    let text = format!("{lock:?}: {} was taken after {}", hold.name(), before.name());
-                    found.add(2, hold.acquire.begin, Some(lock), text);
-                }
-            }
-            let row = self.history.rows.iter().find(|row| row.lock == *lock);
-            let newest = holds.iter().map(|hold| hold.version).max();
-            if let (Some(row), Some(newest)) = (row, newest)
-                && row.version < newest
-                && self.undone(lock).next().is_none()
-            {
-                let text = format!("{lock:?} ends with version {} and had version {newest}", row.version);
-                found.add(2, self.history.end, Some(lock), text);
-            }
-        }
-    }
-
-    /// What the database committed, and in which order.
-    fn no_stale_write(&self, found: &mut Found) {
-        let by_id =
-            self.history.operations.iter().filter_map(|operation| Some((operation.call.write_id()?, operation)));
-        let writes: HashMap<u64, &Operation> = by_id.collect();
-        let mut by_lock: BTreeMap<&str, Vec<(&Written, &Operation)>> = BTreeMap::new();
-        for written in &self.history.written {
-            if let Some(write) = writes.get(&written.id) {
-                by_lock.entry(&written.lock).or_default().push((written, *write));
-            }
-        }
-        for (lock, mut written) in by_lock {
-            written.sort_by_key(|(written, _)| written.order);
-            let mut newest: Option<(&Written, &Operation)> = None;
-            for (written, write) in written {
-                let name = || self.hold_of(write).map(Hold::name).unwrap_or_default();
-                if let Some(Outcome::Failed(Failure::LeaseLost | Failure::Fence, _)) = write.outcome() {
-                    let text = format!("{lock:?}: a write of {} was refused, and is committed", name());
-                    found.add(3, write.begin, Some(lock), text);
-                }
-                if let Some(newer) = self.taken_before_commit(write) {
-                    let at = |at| self.history.at(at);
-                    let text = format!(
-                        "{lock:?}: the write of {} was not committed by {} ms, nor undone when {} had taken the lock by {} ms",
-                        name(),
-                        at(write.uncommitted.unwrap_or_default()),
-                        newer.name(),
-                        at(newer.acquire.end.as_ref().map_or(0, |(end, _)| *end)),
-                    );
-                    found.add(3, write.begin, Some(lock), text);
-                }
-                match newest {
-                    Some((before, newer))
-                        if before.version > written.version && !self.is_undone_between_holds(lock, newer, write) =>
-                    {
-                        let text = format!("{lock:?}: {} wrote after version {}", name(), before.version);
-                        found.add(3, write.begin, Some(lock), text);
-                    }
-                    _ => newest = Some((written, write)),
-                }
-            }
-        }
-    }
-
-    /// A newer hold that had been taken when a write was not committed yet.
-    fn taken_before_commit(&self, write: &Operation) -> Option<&Hold<'a>> {
-        let (lock, uncommitted, hold) = (write.call.lock()?, write.uncommitted?, self.hold_of(write)?);
-        self.holds.get(lock)?.iter().find(|newer| {
-            newer.version > hold.version
-                && newer.acquire.end.as_ref().is_some_and(|(end, _)| *end < uncommitted)
-                && !self.is_undone_between(lock, hold.acquire, newer.acquire)
-        })
     }
 
     fn hold_of(&self, operation: &Operation) -> Option<&Hold<'a>> {
@@ -504,261 +372,35 @@ impl<'a> Judge<'a> {
         holds.iter().filter(is_of).max_by_key(|hold| hold.acquire.begin)
     }
 
-    fn is_undone_between_holds(&self, lock: &str, first: &Operation, second: &Operation) -> bool {
-        match (self.hold_of(first), self.hold_of(second)) {
-            (Some(first_hold), Some(second_hold)) => {
-                self.is_undone_between(lock, first_hold.acquire, second)
-                    || self.is_undone_between(lock, second_hold.acquire, first)
-            }
-            _ => false,
-        }
-    }
-
-    fn everybody_recovers(&self, found: &mut Found) {
-        let history = self.history;
-        let until = history.healed + nanos(self.times.lease + RECOVERY);
-        for (process, life) in history.lives.iter().enumerate() {
-            if life.ending != Some(LifeEnd::Stopped) {
-                continue;
-            }
-            for thread in 1..=life.threads {
-                for class in [HOT, QUEUE, OWN] {
-                    let mut taken = history.operations.iter().filter(|operation| {
-                        (operation.process, operation.thread) == (process, thread)
-                            && operation.taken().is_some()
-                            && operation.call.lock().is_some_and(|lock| lock.starts_with(class))
-                    });
-                    let is_in_time = |operation: &Operation| {
-                        operation.end.as_ref().is_some_and(|(end, _)| (history.healed..until).contains(end))
-                    };
-                    let lock = if class == OWN { format!("{OWN}-{process}-{thread}") } else { class.to_owned() };
-                    if !taken.any(is_in_time) && !self.release_may_be_lost(&lock) {
-                        let text = format!(
-                            "p{process}.{thread} didn't get {class:?} within a lease and {RECOVERY:?} after the last fault, \
-                             which was over at {} ms",
-                            history.at(history.healed)
-                        );
-                        let lock = if class == OWN { format!("{OWN}-{process}-{thread}") } else { class.to_owned() };
-                        found.add(4, until, Some(&lock), text);
-                    }
-                }
-            }
-        }
-    }
-
-    /// A release is acknowledged before it is on the disk. One that a crash undid leaves its lease to run out, which for a long
-    /// lease is later than we wait.
-    fn release_may_be_lost(&self, lock: &str) -> bool {
-        let history = self.history;
-        let mut crashes = history.faults.iter().filter(|fault| fault.kind == Kind::Crashed);
-        crashes.any(|crash| {
-            let from = crash.begin.saturating_sub(nanos(UNWRITTEN));
-            history.operations.iter().any(|operation| {
-                matches!(operation.call, Call::Release { .. })
-                    && operation.call.lock() == Some(lock)
-                    && operation.end.as_ref().is_some_and(|(end, _)| (from..crash.end).contains(end))
-            })
-        })
-    }
-
-    fn nothing_is_left(&self, found: &mut Found) {
-        let history = self.history;
-        for (process, life) in history.lives.iter().enumerate() {
-            match (&life.ending, &life.left) {
-                (Some(LifeEnd::Stopped), Some((threads, sockets))) if threads.is_empty() && *sockets == 0 => {}
-                (Some(LifeEnd::Stopped), left) => {
-                    found.add(4, history.end, None, format!("p{process} left over: {left:?}"));
-                }
-                (Some(LifeEnd::Killed | LifeEnd::Abandoned), _) => {}
-                (ending, _) => found.add(6, history.end, None, format!("p{process} ended with {ending:?}")),
-            }
-        }
-        let died = |lock: &str| {
-            history.lives.iter().enumerate().any(|(process, life)| {
-                life.ending != Some(LifeEnd::Stopped) && lock.starts_with(&format!("{OWN}-{process}-"))
-            })
-        };
-        let mut seen = HashSet::new();
-        for row in &history.rows {
-            if !seen.insert(&row.lock) {
-                found.add(4, history.end, Some(&row.lock), format!("{:?} has more than one row", row.lock));
-            }
-            if row.is_held && !died(&row.lock) && !self.release_may_be_lost(&row.lock) {
-                let text = format!("{:?} is still held, as version {}", row.lock, row.version);
-                found.add(4, history.end, Some(&row.lock), text);
-            }
-            if row.waiters > 0 && [HOT, QUEUE].contains(&row.lock.as_str()) {
-                let text = format!("{} processes still stand in the row of {:?}", row.waiters, row.lock);
-                found.add(4, history.end, Some(&row.lock), text);
-            }
-        }
-    }
-
-    fn no_call_takes_too_long(&self, found: &mut Found) {
-        let history = self.history;
-        for operation in &history.operations {
-            let Some(limit) = operation.limit.checked_add(nanos(SLACK)) else { continue };
-            let life = &history.lives[operation.process];
-            // One without an answer may have waited until its process ended.
-            let end = operation.end.as_ref().map(|(end, _)| *end).or(life.end).unwrap_or(history.end);
-            let stops =
-                history.faults.iter().filter(|fault| fault.kind == Kind::Stopped && fault.worker == Some(life.worker));
-            let stopped: Nanos =
-                stops.map(|stop| stop.end.min(end).saturating_sub(stop.begin.max(operation.begin))).sum();
-            let took = end.saturating_sub(operation.begin).saturating_sub(stopped);
-            if took > limit {
-                let text = format!(
-                    "{:?} of p{}.{} took {} ms, and may take {} ms",
-                    operation.call,
-                    operation.process,
-                    operation.thread,
-                    took / 1_000_000,
-                    operation.limit / 1_000_000
-                );
-                found.add(5, end, operation.call.lock(), text);
-            }
-        }
-    }
-
-    fn nothing_unexpected(&self, found: &mut Found) {
-        for (process, life) in self.history.lives.iter().enumerate() {
-            if life.said.contains("panicked at") {
-                let said: String = life.said.chars().take(2_000).collect();
-                found.add(6, life.begin, None, format!("p{process} said: {said}"));
-            }
-        }
-        // Broken connections, a server that stops, starts or is full, and calls that were given up.
-        let passes = |code: &str| {
-            ["08", "57P"].iter().any(|class| code.starts_with(class)) || ["53300", "57014", "55P03"].contains(&code)
-        };
-        for operation in &self.history.operations {
-            let Some(Outcome::Failed(failure, text)) = operation.outcome() else { continue };
-            // Of a transaction of the workers' own: one that met another writer, or was ended because it was idle for too long.
-            let is_own =
-                matches!(operation.call, Call::Write { .. } | Call::Release { how: Ending::UnlockIn { .. }, .. });
-            let meets_others = !matches!(operation.call, Call::Write { level: Level::ReadCommitted, .. });
-            let is_explained = match (&operation.call, failure) {
-                (_, Failure::Database(Some(code))) if is_own && code == "40001" => meets_others,
-                (_, Failure::Database(Some(code))) if is_own && ["25P03", "40P01"].contains(&code.as_str()) => true,
-                // Whether they are refused for a reason is asked elsewhere.
-                (Call::Write { .. }, Failure::LeaseLost) => true,
-                (_, Failure::Fence) => is_own,
-                (_, Failure::Connect | Failure::Timeout) => true,
-                (_, Failure::Database(code)) => code.as_deref().is_none_or(passes),
-                (Call::Release { .. }, Failure::LeaseLost) => true,
-                _ => false,
-            };
-            if !is_explained {
-                let text = format!("{:?} failed: {text}", operation.call);
-                found.add(6, operation.begin, operation.call.lock(), text);
-            }
-        }
-    }
-
     /// The faults that a worker could notice.
     fn faults_of(&self, process: usize) -> impl Iterator<Item = &'a Fault> + use<'a> {
         let worker = self.history.lives[process].worker;
         self.history.faults.iter().filter(move |fault| fault.worker.is_none_or(|hurt| hurt == worker))
     }
 
-    fn nothing_refused_for_nothing(&self, found: &mut Found) {
-        let mut of_lock: HashMap<(usize, &str), Vec<&Operation>> = HashMap::new();
-        for operation in &self.history.operations {
-            let Some(lock) = operation.call.lock().filter(|lock| lock.starts_with(OWN)) else { continue };
-            if !matches!(operation.call, Call::Acquire { .. } | Call::Release { .. }) {
-                continue;
-            }
-            let earlier = of_lock.entry((operation.process, lock)).or_default();
-            if let Some((end, Outcome::Busy)) = operation.end {
-                // It was taken and given back before, and nothing has hurt its user since.
-                let is_free = matches!(earlier.as_slice(), [.., acquire, release]
-                    if acquire.taken().is_some() && matches!(release.outcome(), Some(Outcome::Done | Outcome::RolledBack)));
-                let since = earlier.iter().rev().nth(1).map_or(end, |acquire| acquire.begin);
-                let was_hurt = self.faults_of(operation.process).any(|fault| {
-                    !matches!(fault.kind, Kind::LostAnswer | Kind::Harmless) && fault.end > since && fault.begin < end
-                });
-                // What failed before may come through yet.
-                let stray = since.saturating_sub(nanos(STRAY));
-                let may_be_a_stray = earlier.iter().any(|call| {
-                    call.begin > stray
-                        && !matches!(call.outcome(), Some(Outcome::Taken(_) | Outcome::Done | Outcome::RolledBack))
-                });
-                if is_free && !was_hurt && !may_be_a_stray {
-                    let user = format!("p{}.{}", operation.process, operation.thread);
-                    let text = format!("{lock:?} was refused to its only user, {user}");
-                    found.add(7, operation.begin, Some(lock), text);
-                }
-            }
-            earlier.push(operation);
-        }
-    }
-
-    fn no_hold_lost_for_nothing(&self, found: &mut Found) {
-        for hold in self.holds.values().flatten() {
-            let (lock, name) = (hold.lock, hold.name());
-            if let (Some(lost), Some((_, deadline))) = (hold.lost_at, hold.last_trusted)
-                && lost.end.as_ref().is_some_and(|(end, _)| end + nanos(self.times.told_early(lock)) < deadline)
-                && !self.is_undone_between(lock, hold.acquire, lost)
-            {
-                let text = format!("{lock:?}: {name} was lost before its deadline at {} ms", self.history.at(deadline));
-                found.add(8, lost.begin, Some(lock), text);
-            }
-            // While a hold lasts, what a look says of its deadline says when it was refreshed last.
-            let lease = nanos(self.times.lease_of(lock));
-            let trusted = lease - lease / 10;
-            let unrefreshed = hold.looks.iter().find_map(|look| {
-                let (end, Outcome::Held(remaining)) = look.end.as_ref()? else { return None };
-                // By then it was sent: `remaining` was read at the end of the look at the latest.
-                let refreshed = (end + remaining).saturating_sub(trusted).max(hold.acquire.begin);
-                let clear = self.clear_time(hold.acquire.process, refreshed, look.begin);
-                (clear > nanos(self.times.refresh + REFRESH_SLACK)).then_some((look.begin, clear / 1_000_000))
-            });
-            if let Some((at, clear)) = unrefreshed {
-                let text = format!("{lock:?}: {name} was not refreshed although nothing hurt it for {clear} ms");
-                found.add(8, at, Some(lock), text);
-            }
-        }
-    }
-
-    /// A fence may say that a hold is lost if it is, or if nobody can tell. Where nothing hurt, it can tell.
-    fn no_write_refused_for_nothing(&self, found: &mut Found) {
-        for operation in &self.history.operations {
-            let Some((end, Outcome::Failed(failure @ (Failure::LeaseLost | Failure::Fence), text))) = &operation.end
-            else {
-                continue;
-            };
-            let is_write =
-                matches!(operation.call, Call::Write { .. } | Call::Release { how: Ending::UnlockIn { .. }, .. });
-            let from = operation.begin.saturating_sub(nanos(self.times.lease));
-            let mut hurts = self.faults_of(operation.process).filter(|fault| fault.kind != Kind::Harmless);
-            if !is_write || hurts.any(|fault| fault.end > from && fault.begin < *end) {
-                continue;
-            }
-            let Some(hold) = self.hold_of(operation) else { continue };
-            let early = nanos(self.times.told_early(hold.lock));
-            let lasts = |look: &&Operation| match look.outcome() {
-                Some(Outcome::Held(remaining)) => look.begin + remaining > end + early,
-                _ => false,
-            };
-            if *failure == Failure::Fence || hold.looks.iter().any(lasts) {
-                let text =
-                    format!("{:?}: a write of {} was refused, and nothing had hurt it: {text}", hold.lock, hold.name());
-                found.add(8, operation.begin, Some(hold.lock), text);
-            }
-        }
+    /// The faults that hurt a worker's calls.
+    fn hurts_of(&self, process: usize) -> impl Iterator<Item = (Nanos, Nanos)> + use<'a> {
+        self.faults_of(process).filter(|fault| fault.kind.hurts_calls()).map(|fault| (fault.begin, fault.end))
     }
 
     /// The longest time between two instants in which nothing hurt a process.
     fn clear_time(&self, process: usize, from: Nanos, until: Nanos) -> Nanos {
-        let hurting = self.faults_of(process).filter(|fault| fault.kind != Kind::Harmless);
-        let mut hurts: Vec<(Nanos, Nanos)> = hurting.map(|fault| (fault.begin, fault.end)).collect();
-        hurts.push((until, Nanos::MAX));
-        hurts.sort_unstable();
-        let (mut clear, mut from) = (0, from);
-        for (hurt, over) in hurts {
-            clear = clear.max(hurt.min(until).saturating_sub(from));
-            from = from.max(over);
-        }
-        clear
+        let (begin, end) = longest_clear(from, until, self.hurts_of(process).collect());
+        end - begin
     }
+}
+
+/// The longest time between two instants that is free of others.
+fn longest_clear(from: Nanos, until: Nanos, mut hurts: Vec<(Nanos, Nanos)>) -> (Nanos, Nanos) {
+    hurts.push((until, Nanos::MAX));
+    hurts.sort_unstable();
+    let (mut longest, mut from) = ((from, from), from);
+    for (hurt, over) in hurts {
+        let end = hurt.min(until).max(from);
+        if end - from > longest.1 - longest.0 {
+            longest = (from, end);
+        }
+        from = from.max(over);
+    }
+    longest
 }

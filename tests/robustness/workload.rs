@@ -1,5 +1,7 @@
 //! What a worker does: a process of its own, with several threads that take and give back a few locks.
 
+mod panics;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -36,6 +38,10 @@ fn kept(worker: usize) -> String {
     format!("kept-{worker}")
 }
 
+/// Seldom taken: those who wait for one wait until somebody gives it back.
+pub const LINE: &str = "line";
+const LINES: usize = 3;
+
 /// A thread's own, with a lease so long that one which leaked is noticed. Nobody else wants it.
 pub const OWN: &str = "own";
 
@@ -44,6 +50,8 @@ const CALL_LIMIT: Duration = ms(1_000 + 250 + 5_000);
 const RELEASE_LIMIT: Duration = ms(2_000);
 /// What `try_lock_for` may take beyond its timeout.
 const SLACK: Duration = ms(500);
+/// For how long a request that was given up may still come through, and is followed up.
+pub const FOLLOW_UP: Duration = ms(30_000);
 /// What the names of the library's threads begin with, and those of what it uses.
 const OURS: [&str; 3] = ["lock-", "r2d2-", "tokio-"];
 /// The longest pause within a transaction, in leases: beyond one.
@@ -63,11 +71,26 @@ pub struct Setting {
     /// Counts the processes of a run; a worker that is started again is another one.
     pub process: usize,
     pub threads: u32,
+    /// It takes nothing but the lines, and waits for them.
+    pub only_waits: bool,
+    pub habits: Habits,
     pub max_connections: u32,
     pub lease: Duration,
+    pub longest_lease: Duration,
+    /// How long a transaction may be idle before the server ends it.
+    pub idle: Duration,
     pub refresh: Duration,
     pub own_lease: Duration,
     pub began: Nanos,
+}
+
+/// What the workers of a run do otherwise than those of another.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Habits {
+    /// Their loggers and callbacks panic now and then.
+    pub panic: bool,
+    /// Some threads have another lease for what everybody takes.
+    pub have_other_leases: bool,
 }
 
 /// The statements for the register: one write at a time, numbered in the order in which they commit.
@@ -108,19 +131,25 @@ fn worker_process() {
             std::process::exit(3);
         }
     });
+    if setting.habits.panic {
+        panics::begin();
+    }
     let recorder = Recorder::new(&setting.history);
     work(&setting, &recorder, &phase, &abandons, &asked);
     println!("{PREFIX}quiet");
-    let (threads, sockets) = left(Instant::now() + setting.own_lease + Duration::from_secs(10));
+    let (threads, sockets) = left(Instant::now() + setting.own_lease.max(FOLLOW_UP) + ms(10_000));
     recorder.left(threads, sockets);
     std::process::exit(0);
 }
 
 fn work(setting: &Setting, recorder: &Recorder, phase: &AtomicU8, abandons: &AtomicBool, asked: &AtomicU64) {
     let storage = loop {
-        let options = PostgresStorageOptions::from_dsn(&setting.dsn)
+        let mut options = PostgresStorageOptions::from_dsn(&setting.dsn)
             .table_name(&setting.table)
             .max_connections(setting.max_connections);
+        if setting.habits.panic {
+            options = options.on_event(|_| panics::now_and_then());
+        }
         let open = || PostgresStorage::new(options);
         match recorder.call(0, Call::Open, CALL_LIMIT, open, done) {
             Ok(storage) => break storage,
@@ -184,6 +213,16 @@ struct Worker<'a> {
 impl Worker<'_> {
     fn run(mut self) {
         let is_in = |phase: &AtomicU8, wanted| phase.load(Ordering::SeqCst) == wanted;
+        if self.setting.only_waits {
+            while is_in(self.phase, FAULTS) {
+                self.wait_in_line();
+            }
+            println!("{PREFIX}calm {}", self.thread);
+            while is_in(self.phase, CALM) {
+                thread::sleep(ms(10));
+            }
+            return;
+        }
         while is_in(self.phase, FAULTS) {
             self.round();
         }
@@ -212,6 +251,29 @@ impl Worker<'_> {
         self.thread.is_multiple_of(2)
     }
 
+    fn line(&mut self) -> String {
+        format!("{LINE}-{}", self.random.random_range(0..LINES))
+    }
+
+    /// Waits for as long as it takes.
+    fn wait_in_line(&mut self) {
+        let (hold, pause) = (self.random.random_range(ms(0)..ms(300)), self.random.random_range(ms(0)..ms(300)));
+        let line = self.line();
+        self.take(&line, How::Lock, hold);
+        thread::sleep(pause);
+    }
+
+    fn lease(&self, lock_id: &str) -> Duration {
+        let Setting { lease, longest_lease, own_lease, worker, habits, .. } = *self.setting;
+        match lock_id {
+            lock if lock.starts_with(OWN) => own_lease,
+            HOT | QUEUE if habits.have_other_leases => {
+                [lease, lease * 3 / 5, longest_lease][(worker + self.thread as usize) % 3]
+            }
+            _ => lease,
+        }
+    }
+
     /// Takes some lock somehow, for some time.
     fn round(&mut self) {
         let lease = self.setting.lease;
@@ -226,6 +288,11 @@ impl Worker<'_> {
         let hurries = self.hurries();
         let how =
             *ways.get(..if hurries { 3 } else { 4 }).and_then(|ways| ways.choose(&mut self.random)).expect("a way");
+        if self.random.random_bool(0.03) {
+            let (line, hold) = (self.line(), self.random.random_range(ms(20)..ms(400)));
+            self.take(&line, if how == How::Lock { How::TryLockFor } else { how }, hold);
+            return;
+        }
         let (lock, how) = match self.random.random_range(if hurries { 15 } else { 0 }..100) {
             0..15 => (QUEUE.to_owned(), How::Lock),
             15..40 => (HOT.to_owned(), how),
@@ -265,8 +332,12 @@ impl Worker<'_> {
 
     /// Takes a lock, uses it for some time, and gives it back; false if it wasn't to be had.
     fn take(&mut self, lock_id: &str, how: How, hold: Duration) -> bool {
-        let lease = if lock_id.starts_with(OWN) { self.setting.own_lease } else { self.setting.lease };
-        let options = LockOptions::new(lock_id).lease_expire_after(lease).lease_refresh_interval(self.setting.refresh);
+        let lease = self.lease(lock_id);
+        let mut options =
+            LockOptions::new(lock_id).lease_expire_after(lease).lease_refresh_interval(self.setting.refresh);
+        if self.setting.habits.panic {
+            options = options.on_lost(|_| panics::now_and_then());
+        }
         let lock = StorageLock::with_options(self.storage, options).expect("valid options");
         let timeout = self.random.random_range(ms(0)..if self.hurries() { ms(100) } else { ms(1_200) });
         let limit = match how {
@@ -274,7 +345,7 @@ impl Worker<'_> {
             How::TryLock => CALL_LIMIT,
             How::TryLockFor | How::TryLockUntil => timeout + SLACK,
         };
-        let call = Call::Acquire { lock: lock_id.to_owned(), how };
+        let call = Call::Acquire { lock: lock_id.to_owned(), how, lease: nanos(lease) };
         // Everybody has the same name: it must not matter.
         let acquire = || match how {
             How::Lock => lock.lock("worker-1").map(Some),
@@ -370,6 +441,7 @@ impl Worker<'_> {
         let often = match guard.lock_id() {
             // What everybody wants is blocked for long only now and then.
             HOT | QUEUE => 0.015,
+            lock if lock.starts_with(LINE) => 0.015,
             // Those that others want as well, and that are held for longer anyway.
             _ if self.keeps() => 0.6,
             lock if lock.starts_with(FRESH) => 0.15,
@@ -515,7 +587,7 @@ impl From<postgres::Error> for Refusal {
 /// reached: the server does so when the longest stop and a pause after it are over, and before everybody must have got
 /// every lock. A statement may wait for as long as that, behind another writer of the register.
 fn connect(setting: &Setting) -> std::result::Result<Client, postgres::Error> {
-    let most = (setting.lease * 5 / 2).as_millis();
+    let most = setting.idle.as_millis();
     let mut config: postgres::Config = setting.dsn.parse()?;
     config.options(&format!("-c idle_in_transaction_session_timeout={most} -c statement_timeout={most}"));
     config.connect(NoTls)

@@ -142,6 +142,11 @@ impl Proxy {
         *self.control.deafened.lock().unwrap() = Some(bytes.to_vec());
     }
 
+    /// Forgets what [`swallow_answers_after`](Self::swallow_answers_after) was told, if it hasn't come to it.
+    pub fn swallow_no_answers(&self) {
+        *self.control.deafened.lock().unwrap() = None;
+    }
+
     /// Whether [`swallow_answers_after`](Self::swallow_answers_after) has come to its request.
     pub fn has_swallowed(&self) -> bool {
         self.control.deafened.lock().unwrap().is_none()
@@ -150,6 +155,11 @@ impl Proxy {
     /// Keeps the next request with these bytes on its way, for [`deliver`](Self::deliver), and cuts its connection.
     pub fn keep_request(&self, bytes: &[u8]) {
         *self.control.kept_next.lock().unwrap() = Some(bytes.to_vec());
+    }
+
+    /// Forgets what [`keep_request`](Self::keep_request) was told, if it hasn't come to it.
+    pub fn keep_no_request(&self) {
+        *self.control.kept_next.lock().unwrap() = None;
     }
 
     /// How many requests are kept.

@@ -1,22 +1,27 @@
 //! Histories made by hand: one that a lock may have, and for each rule some that it must not.
 
 use super::*;
-use crate::history::{Fence, How, Life, Row};
+use crate::history::{Fence, Life, Row};
 
-const TIMES: Times =
-    Times { lease: Duration::from_secs(2), refresh: Duration::from_millis(400), own_lease: Duration::from_secs(15) };
+const TIMES: Times = Times {
+    lease: Duration::from_secs(2),
+    longest_lease: Duration::from_secs(2),
+    refresh: Duration::from_millis(400),
+    own_lease: Duration::from_secs(15),
+    idle: Duration::from_secs(5),
+};
 
 /// Milliseconds.
-const fn ms(milliseconds: u64) -> Nanos {
+pub(super) const fn ms(milliseconds: u64) -> Nanos {
     milliseconds * 1_000_000
 }
 
 /// Two workers of one thread each, until 20 s, healed at 10 s.
-struct Example(History);
+pub(super) struct Example(pub(super) History);
 
 impl Example {
     /// Both take every lock in the end, and nothing is left over.
-    fn sound() -> Example {
+    pub(super) fn sound() -> Example {
         let life = |worker| Life {
             worker,
             begin: 0,
@@ -29,6 +34,7 @@ impl Example {
         let mut example = Example(History {
             lives: vec![life(0), life(1)],
             healed: ms(10_000),
+            alone_until: ms(20_000),
             end: ms(20_000),
             ..History::default()
         });
@@ -44,17 +50,29 @@ impl Example {
         example
     }
 
-    fn operation(&mut self, process: usize, begin: u64, end: u64, call: Call, outcome: Outcome) -> &mut Operation {
+    pub(super) fn operation(
+        &mut self,
+        process: usize,
+        begin: u64,
+        end: u64,
+        call: Call,
+        outcome: Outcome,
+    ) -> &mut Operation {
         let (begin, end) = (ms(begin), Some((ms(end), outcome)));
         self.0.operations.push(Operation { process, thread: 1, call, begin, limit: ms(5_000), uncommitted: None, end });
         self.0.operations.last_mut().unwrap()
     }
 
-    fn acquire(&mut self, process: usize, lock: &str, begin: u64, end: u64, outcome: Outcome) {
-        self.operation(process, begin, end, Call::Acquire { lock: lock.to_owned(), how: How::TryLock }, outcome);
+    pub(super) fn acquire(&mut self, process: usize, lock: &str, begin: u64, end: u64, outcome: Outcome) {
+        self.ask(process, lock, How::TryLock, begin, end, outcome);
     }
 
-    fn look(&mut self, process: usize, lock: &str, version: i64, at: u64, remaining: Option<u64>) {
+    pub(super) fn ask(&mut self, process: usize, lock: &str, how: How, begin: u64, end: u64, outcome: Outcome) {
+        let lease = nanos(if lock.starts_with(OWN) { TIMES.own_lease } else { TIMES.lease });
+        self.operation(process, begin, end, Call::Acquire { lock: lock.to_owned(), how, lease }, outcome);
+    }
+
+    pub(super) fn look(&mut self, process: usize, lock: &str, version: i64, at: u64, remaining: Option<u64>) {
         let outcome = remaining.map_or(Outcome::NotHeld, |remaining| Outcome::Held(ms(remaining)));
         self.operation(process, at, at + 1, Call::Look { lock: lock.to_owned(), version }, outcome);
     }
@@ -70,20 +88,20 @@ impl Example {
         self.operation(process, at, at + 1, call, outcome)
     }
 
-    fn release(&mut self, process: usize, lock: &str, version: i64, at: u64) {
+    pub(super) fn release(&mut self, process: usize, lock: &str, version: i64, at: u64) {
         let call = Call::Release { lock: lock.to_owned(), version, how: Ending::Unlock };
         self.operation(process, at, at + 1, call, Outcome::Done);
     }
 
     /// A hold that is trusted from one instant to the other.
-    fn hold(&mut self, process: usize, lock: &str, version: i64, from: u64, until: u64) {
+    pub(super) fn hold(&mut self, process: usize, lock: &str, version: i64, from: u64, until: u64) {
         self.acquire(process, lock, from - 2, from - 1, Outcome::Taken(version));
         self.look(process, lock, version, from, Some(1_800));
         self.look(process, lock, version, until - 2, Some(1_800));
         self.release(process, lock, version, until);
     }
 
-    fn fault(&mut self, kind: Kind, worker: Option<usize>, begin: u64, end: u64) {
+    pub(super) fn fault(&mut self, kind: Kind, worker: Option<usize>, begin: u64, end: u64) {
         let (begin, end) = (ms(begin), ms(end));
         self.0.faults.push(Fault { what: "a fault".to_owned(), kind, worker, begin, end });
     }
@@ -94,13 +112,13 @@ impl Example {
     }
 
     #[track_caller]
-    fn keeps_all(self) {
+    pub(super) fn keeps_all(self) {
         let violations = self.judge().0;
         assert!(violations.is_empty(), "{violations:?}");
     }
 
     #[track_caller]
-    fn breaks(self, rule: u8) {
+    pub(super) fn breaks(self, rule: u8) {
         let violations = self.judge().0;
         assert!(violations.iter().any(|violation| violation.rule == rule), "rule {rule} is kept: {violations:?}");
         assert!(violations.iter().all(|violation| violation.rule == rule), "others too: {violations:?}");
