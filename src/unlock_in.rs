@@ -126,7 +126,8 @@ impl LockGuard {
                 self.unlocked();
                 Some(false)
             }
-            Unlocking::Unknown { .. } => is_gone.then_some(false),
+            // A loss, where nothing can have been released; else, after the deadline, one or the other.
+            Unlocking::Unknown { may_be_released, .. } => (is_gone && !may_be_released).then_some(false),
             Unlocking::No | Unlocking::Pending => Some(true),
         }
     }
