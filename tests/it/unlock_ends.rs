@@ -1,4 +1,5 @@
-//! However a transaction ends that releases a lock, the hold is trusted again only if the database says that it is there.
+//! However a transaction ends that releases a lock, the hold is trusted again only if the database says that it is
+//! there.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
