@@ -72,8 +72,8 @@
 //!   [`lost`](crate::LockGuard::lost) wakes who waits for it (test `a_loss_is_told_by_the_deadline_while_the_network_swallows_packets`, test
 //!   `a_loss_is_told_by_the_deadline_while_the_server_is_frozen`). In a process that was stopped, `is_held` is false when it
 //!   wakes, and the rest comes after that (test `a_signal_tells_of_the_deadline_also_to_a_process_that_was_stopped`).
-//! - **Everybody goes on.** When the faults are over, whoever waits gets the lock, a look (5 s) after the lease of whoever died holding it at the latest, and the end of
-//!   the transaction that this one had fenced. Nothing is left over: no hold, connection, thread or place in a row.
+//! - **Everybody goes on.** When the faults are over, whoever waits gets the lock: at the latest a look (5 s) after the lease of whoever died
+//!   holding it, and the end of the transaction that this one had fenced. Nothing is left over: no hold, connection, thread or place in a row.
 //! - **Nothing is lost for nothing.** A hold whose refreshes get through is not lost, and no lost answer makes a lock look taken.
 //!
 //! Test `whatever_is_hurt_the_verdict_holds` hurts worker processes, their network and their server in all of these ways, drawn from a seed,
