@@ -1,5 +1,6 @@
 //! What happens to locks, told to whoever counts it.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -109,7 +110,7 @@ pub enum Event<'a> {
 type OnEvent = dyn Fn(&Event<'_>) + Send + Sync;
 
 /// Whom to tell, if anybody.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Events(Callback<OnEvent>);
 
 impl Events {
@@ -123,6 +124,12 @@ impl Events {
         if user_code::call(|| on_event(&event())).is_none() {
             note!(warn, "on_event panicked");
         }
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

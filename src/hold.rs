@@ -49,8 +49,8 @@ pub(crate) enum Unlocking {
     No,
     /// It may be committed at any time. Meanwhile nothing is refreshed: that would wait for it in the server.
     Pending,
-    /// It has ended before `since`, and only the database knows how. A refresh that is sent later finds the hold if it was rolled back, and waits for
-    /// it if it is open or prepared after all.
+    /// It has ended before `since`, and only the database knows how. A refresh that is sent later finds the hold if it
+    /// was rolled back, and waits for it if it is open or prepared after all.
     Unknown {
         since: Instant,
         /// Its statement was answered. Of one that failed, a hold that isn't there is lost.
@@ -191,7 +191,8 @@ impl Hold {
         self.changed.notify_all();
     }
 
-    /// The database says so to a guard. While a transaction is open that releases it, that is for the end of the transaction to find.
+    /// The database says so to a guard. While a transaction is open that releases it, that is for the end of the
+    /// transaction to find.
     pub(crate) fn is_not_there(&self) {
         let mut state = self.state();
         if !matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) {

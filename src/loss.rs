@@ -88,7 +88,7 @@ impl fmt::Debug for LostSignal {
 }
 
 /// Whom to call when a hold is lost, if anybody.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct OnLost(Callback<dyn Fn(&LostSignal) + Send + Sync>);
 
 impl OnLost {
@@ -102,5 +102,11 @@ impl OnLost {
         if user_code::call(|| callback(&lost)).is_none() {
             note!(warn, "on_lost of lock {:?} panicked", lost.lock_id());
         }
+    }
+}
+
+impl fmt::Debug for OnLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }

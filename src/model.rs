@@ -556,16 +556,31 @@ fn released_in_a_transaction() {
         .collect();
     thread::sleep([0, 1, 16, 1_000][random() as usize % 4] * MS);
     // Some of them are rolled back before one is committed, or the guard released.
-    let commits = random().is_multiple_of(2);
+    let (commits, mut longest) = (random().is_multiple_of(2), 5_000 * MS);
     for turn in (0..random() % 3).rev() {
         let is_last = turn == 0;
         guard.hold.begin_unlocking().expect("one guard, and nobody else");
         thread::sleep([0, 1][random() as usize % 2] * MS);
         assert!(release_in_transaction(&guard.hold.claim) && !guard.is_held());
         thread::sleep([0, 1, 50, 200][random() as usize % 4] * MS);
+        // Prepared, it is open after its end.
+        let (is_prepared, is_answered) = (random().is_multiple_of(4), random().is_multiple_of(2));
+        if is_prepared {
+            // That, and until it is found out.
+            longest += 4_000 * MS;
+            assert!(guard.settle(true).is_none() && !guard.is_held(), "not known, and trusted");
+        }
         end_transaction(&guard.hold.claim, commits && is_last);
-        let is_answered = random().is_multiple_of(2);
         match commits && is_last {
+            // The refresh thread finds out.
+            is_committed if is_prepared => {
+                let since = Instant::now();
+                let outcome = if is_committed { Unlocking::Done } else { Unlocking::No };
+                while guard.hold.state().unlocking != outcome {
+                    assert!(since.elapsed() < 10_000 * MS, "not found");
+                    thread::sleep(20 * MS);
+                }
+            }
             true if is_answered => guard.unlocked(),
             is_committed => assert_eq!(guard.settle(true), Some(!is_committed), "it finds out"),
         }
@@ -583,7 +598,7 @@ fn released_in_a_transaction() {
     for waiter in waiters {
         // Who isn't told asks once a second.
         let waited = waiter.join().unwrap();
-        assert!(waited <= 5_000 * MS, "waited for {waited:?}");
+        assert!(waited <= longest, "waited for {waited:?}");
     }
     assert!(losses.load(Ordering::SeqCst) == 0 && !signal.is_lost(), "told of a loss");
     settle(&[&here, &there]);

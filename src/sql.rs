@@ -383,7 +383,8 @@ SELECT {here}, {told}",
 SELECT (SELECT is_whole FROM released), {told}",
                 told = tell("released", "version"),
             ),
-            // The same parameters. Whether it is this transaction that releases the hold, still: another one on the same connection may have.
+            // The same parameters. Whether it is this transaction that releases the hold, still: another one on the
+            // same connection may have.
             is_unlocked_in: format!(
                 "SELECT version FROM {table} WHERE {own} AND released_at IS NOT NULL AND {is_whole}"
             ),
@@ -570,7 +571,8 @@ mod tests {
         plain
     }
 
-    /// What of a statement depends on the search path: functions, operators and types that don't say that they are PostgreSQL's own.
+    /// What of a statement depends on the search path: functions, operators and types that don't say that they are
+    /// PostgreSQL's own.
     fn unqualified(text: &str) -> Vec<String> {
         // Syntax, none of which stands for an operator, as `IN`, `BETWEEN`, `nullif` or `CASE x WHEN` would.
         const SYNTAX: [&str; 27] = [

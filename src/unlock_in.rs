@@ -17,13 +17,13 @@ const RELEASED_ALREADY: &str = "another transaction releases the lock already";
 /// The same, after the other one.
 const NOT_KNOWN_YET: &str = "it is not known yet whether an earlier transaction has released the lock";
 /// With one whose commit may not be the last word.
-const NESTED: &str = "it is within another one, or another one was rolled back within it, so that it can't release the lock: \
-                      fence it, and unlock after the commit";
+const NESTED: &str = "it is within another one, or another one was rolled back within it, so that it can't release \
+                      the lock: fence it, and unlock after the commit";
 /// With one that doesn't release the hold any more: as the database says, the hold is there; it isn't; or nothing.
 const ROLLED_BACK: &str = "its release was rolled back, to a savepoint or by a statement that ended the transaction";
 const COMMITTED: &str = "a statement ended it before its commit, and the lock is released";
-const ENDED: &str = "its release was not found in it, and whether the lock is released is not known yet: a statement has ended \
-                     the transaction, or prepared it";
+const ENDED: &str = "its release was not found in it, and whether the lock is released is not known yet: a statement \
+                     has ended the transaction, or prepared it";
 
 /// A transaction that releases a lock when it is committed, and keeps it when it is rolled back or dropped. From
 /// [`LockGuard::unlock_in`].
@@ -36,7 +36,8 @@ pub struct UnlockTransaction<'a> {
     pending: Pending<'a>,
 }
 
-/// A release that waits for the end of its transaction. However that comes, the database is asked what became of the hold.
+/// A release that waits for the end of its transaction. However that comes, the database is asked what became of the
+/// hold.
 struct Pending<'a> {
     guard: &'a LockGuard,
     is_settled: bool,
@@ -59,23 +60,26 @@ impl LockGuard {
     /// any time. It is fenced as by [`fence`](Self::fence). Keep it short from here on: the lease isn't refreshed until it ends, and when
     /// it is open at the hold's deadline, the hold is lost, although nobody can take the lock before it ends.
     ///
-    /// After the commit the guard is of no more use; dropping it does nothing. However else the transaction ends, rolled back, dropped, with an
-    /// error, or by a `COMMIT`, `ROLLBACK` or `PREPARE TRANSACTION` that was sent as text, the library asks the database for the hold, for 2 s at
-    /// most, and trusts it again only if it is found. If there is no answer, `is_held` stays false, and the refreshes find out later. A
-    /// transaction that is forgotten (`mem::forget`) is an open one.
+    /// After the commit the guard is of no more use; dropping it does nothing. However else the transaction ends,
+    /// rolled back, dropped, with an error, or by a `COMMIT`, `ROLLBACK` or `PREPARE TRANSACTION` that was sent as
+    /// text, the library asks the database for the hold, for 2 s at most, and trusts it again only if it is found. If
+    /// there is no answer, `is_held` stays false, and the refreshes find out later. A transaction that is forgotten
+    /// (`mem::forget`) is an open one.
     ///
-    /// Give it the whole transaction, and the only guard. A transaction within another one is refused, because its commit only releases a
-    /// savepoint; so is one in which another one was rolled back before, because the driver leaves its savepoint open. There,
-    /// `fence` the transaction, and unlock after the commit. A lock that was taken more than once is refused too.
+    /// Give it the whole transaction, and the only guard. A transaction within another one is refused, because its
+    /// commit only releases a savepoint; so is one in which another one was rolled back before, because the driver
+    /// leaves its savepoint open. There, `fence` the transaction, and unlock after the commit. A lock that was taken
+    /// more than once is refused too.
     ///
-    /// At `REPEATABLE READ` and `SERIALIZABLE` it fails with SQLSTATE 40001 if the lease was refreshed after the transaction began (or just then,
-    /// where this is its first statement), and at `SERIALIZABLE` perhaps for other transactions that release other locks: repeat it,
-    /// or use `fence`, and unlock after the commit. Where others wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
+    /// At `REPEATABLE READ` and `SERIALIZABLE` it fails with SQLSTATE 40001 if the lease was refreshed after the
+    /// transaction began (or just then, where this is its first statement), and at `SERIALIZABLE` perhaps for other
+    /// transactions that release other locks: repeat it, or use `fence`, and unlock after the commit. Where others
+    /// wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
     ///
     /// # Errors
-    /// As [`fence`](Self::fence); and [`Error::Fence`](crate::Error::Fence) if another transaction releases the lock already, may have done so,
-    /// the transaction is not a whole one, or there are other guards. The transaction is rolled back (of one within another one, this part), and
-    /// the lock is held as before, or lost as the error says.
+    /// As [`fence`](Self::fence); and [`Error::Fence`](crate::Error::Fence) if another transaction releases the lock
+    /// already, may have done so, the transaction is not a whole one, or there are other guards. The transaction is
+    /// rolled back (of one within another one, this part), and the lock is held as before, or lost as the error says.
     pub fn unlock_in<'a>(&'a self, mut transaction: Transaction<'a>) -> Result<UnlockTransaction<'a>> {
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost());
@@ -107,7 +111,8 @@ impl LockGuard {
         self.tell_release(true);
     }
 
-    /// The transaction has ended, as far as is known here: asks what became of the hold, and says whether it is there; none if that isn't known.
+    /// The transaction has ended, as far as is known here: asks what became of the hold, and says whether it is there;
+    /// none if that isn't known.
     pub(crate) fn settle(&self, may_be_released: bool) -> Option<bool> {
         let since = Instant::now();
         self.hold.set_unlocking(Unlocking::Unknown { since, may_be_released });
@@ -126,7 +131,8 @@ impl LockGuard {
                 self.unlocked();
                 Some(false)
             }
-            Unlocking::Unknown { .. } => is_gone.then_some(false),
+            // A loss, where nothing can have been released; else, after the deadline, one or the other.
+            Unlocking::Unknown { may_be_released, .. } => (is_gone && !may_be_released).then_some(false),
             Unlocking::No | Unlocking::Pending => Some(true),
         }
     }
@@ -139,14 +145,15 @@ impl UnlockTransaction<'_> {
     /// failed as any other, and rolls it back.
     ///
     /// # Errors
-    /// [`Error::Database`](crate::Error::Database) if a statement of the transaction had failed, or the server refused to commit: then it is rolled
-    /// back. [`Error::Fence`](crate::Error::Fence) if the release is not in the transaction any more: a part of it was rolled back, or a
-    /// statement has ended it before, by a commit, a rollback or as a prepared one; what is in it now is rolled back, and the
-    /// error says what became of the lock. After each of them [`is_held`](LockGuard::is_held) is true again if the database says so.
+    /// [`Error::Database`](crate::Error::Database) if a statement of the transaction had failed, or the server refused
+    /// to commit: then it is rolled back. [`Error::Fence`](crate::Error::Fence) if the release is not in the
+    /// transaction any more: a part of it was rolled back, or a statement has ended it before, by a commit, a rollback
+    /// or as a prepared one; what is in it now is rolled back, and the error says what became of the lock. After each
+    /// of them [`is_held`](LockGuard::is_held) is true again if the database says so.
     ///
-    /// If the connection broke in the commit, up to 2 s are used to find out what became of it: a commit that happened is `Ok`. If that
-    /// can't be found out, because the database doesn't answer, or the hold's deadline has passed, it is `Error::Database` too, and
-    /// `is_held` is false: whether it was committed isn't known.
+    /// If the connection broke in the commit, up to 2 s are used to find out what became of it: a commit that happened
+    /// is `Ok`. If that can't be found out, because the database doesn't answer, or the hold's deadline has passed, it
+    /// is `Error::Database` too, and `is_held` is false: whether it was committed isn't known.
     pub fn commit(self) -> Result<()> {
         // Dropped in the opposite order: rolled back first.
         let UnlockTransaction { mut pending, mut transaction } = self;
@@ -173,11 +180,12 @@ impl UnlockTransaction<'_> {
 
     /// Rolls the transaction back, and keeps the lock.
     ///
-    /// It asks the database for the hold afterwards, for 2 s at most; if there is no answer, [`is_held`](LockGuard::is_held) is false until there is.
+    /// It asks the database for the hold afterwards, for 2 s at most; if there is no answer,
+    /// [`is_held`](LockGuard::is_held) is false until there is.
     ///
     /// # Errors
-    /// [`Error::Database`](crate::Error::Database) if the connection broke: then the server does so. [`Error::Fence`](crate::Error::Fence) if a
-    /// statement had committed the transaction before: the lock is released.
+    /// [`Error::Database`](crate::Error::Database) if the connection broke: then the server does so.
+    /// [`Error::Fence`](crate::Error::Fence) if a statement had committed the transaction before: the lock is released.
     pub fn rollback(self) -> Result<()> {
         let UnlockTransaction { transaction, pending } = self;
         let guard = pending.guard;

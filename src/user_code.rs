@@ -19,7 +19,8 @@ pub(crate) fn call<T>(user_code: impl FnOnce() -> T) -> Option<T> {
     }
 }
 
-/// A callback of the user's, if there is one. The last handle of it may go in any thread, with all that the callback owns.
+/// A callback of the user's, if there is one. The last handle of it may go in any thread, with all that the callback
+/// owns.
 pub(crate) struct Callback<F: ?Sized>(Option<Arc<F>>);
 
 impl<F: ?Sized> Callback<F> {

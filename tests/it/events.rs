@@ -610,7 +610,11 @@ fn what_was_acquired_was_released_or_lost_or_is_held() {
                         let lock = short_lock(storage, &lock_id, ms(1_500), ms(20));
                         let guard = match draw % 7 {
                             0 => lock.try_lock(&owner_id).unwrap(),
-                            1..=4 => lock.try_lock_for(&owner_id, Duration::from_micros(draw % 6_000)).unwrap(),
+                            // On a machine that is busy it may hear nothing in time.
+                            1..=4 => match lock.try_lock_for(&owner_id, Duration::from_micros(draw % 6_000)) {
+                                Err(storage_lock::Error::Timeout { .. }) => None,
+                                guard => guard.unwrap(),
+                            },
                             _ => Some(lock.lock(&owner_id).unwrap()),
                         };
                         let Some(guard) = guard else { continue };

@@ -405,7 +405,8 @@ impl Drop for PanicsInItsDrop {
     }
 }
 
-/// A logger that panics at every line, whoever writes it, as one does that prints to a closed pipe; and callbacks that do worse.
+/// A logger that panics at every line of the library's, as one does that prints to a closed pipe; and callbacks that
+/// do so too.
 fn panic_at_every_line(table: &Table) {
     struct Panicking;
     static LINES: AtomicUsize = AtomicUsize::new(0);

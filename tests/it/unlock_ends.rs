@@ -1,4 +1,5 @@
-//! However a transaction ends that releases a lock, the hold is trusted again only if the database says that it is there.
+//! However a transaction ends that releases a lock, the hold is trusted again only if the database says that it is
+//! there.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -159,7 +160,7 @@ fn a_prepared_transaction_is_open_until_it_is_ended() {
         let name = format!("{how:?} {ending}");
         let lock = crate::support::short_lock(&storage, &name, ms(30_000), ms(200));
         let guard = lock.lock("worker-1").unwrap();
-        let (mut client, mut other) = (server.client(), server.client());
+        let (mut client, mut other) = (server.client(), table.impatient_client());
         let mut transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
         transaction.batch_execute(&format!("PREPARE TRANSACTION '{name}'")).unwrap();
         untrusted(&guard, || {

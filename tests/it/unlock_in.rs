@@ -25,7 +25,8 @@ fn code(error: &Error) -> Option<SqlState> {
     }
 }
 
-/// Does something with the release of a hold in a transaction. A refresh at that moment is a reason to repeat it, at the stricter levels.
+/// Does something with the release of a hold in a transaction. A refresh at that moment is a reason to repeat it, at
+/// the stricter levels.
 pub fn releasing<T>(
     guard: &LockGuard,
     client: &mut Client,
@@ -242,8 +243,8 @@ fn a_release_that_was_rolled_back_within_its_transaction_is_not_taken_for_one() 
     assert!(theirs.try_lock("worker-2").unwrap().is_some());
 }
 
-/// The commit of such a part is that of a savepoint, after which the whole can still be rolled back. The driver leaves a savepoint
-/// behind when it rolls back to it.
+/// The commit of such a part is that of a savepoint, after which the whole can still be rolled back. The driver leaves
+/// a savepoint behind when it rolls back to it.
 #[test]
 fn a_transaction_within_another_one_and_one_with_a_savepoint_are_refused_and_the_lock_is_held() {
     let is_refused = |result: Result<UnlockTransaction<'_>, Error>, guard: &LockGuard| {
@@ -415,7 +416,8 @@ fn it_leaves_the_transactions_settings_alone() {
     transaction.commit().unwrap();
 }
 
-/// Makes all that PostgreSQL has of these names, of simple types, fail for who has the schema `evil` first in its search path.
+/// Makes all that PostgreSQL has of these names, of simple types, fail for who has the schema `evil` first in its
+/// search path.
 fn shadow(client: &mut Client, evil: &str) {
     let create = "
         CREATE SCHEMA evil;
