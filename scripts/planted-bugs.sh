@@ -8,7 +8,8 @@
 #   scripts/planted-bugs.sh --table                     writes that table
 #
 # A patch begins with lines that say what the bug is (`Bug:`), which tests find it every time (`Found by:`, as cargo and the test
-# are told it, one a line), and which rules caught it in random runs (`Rules:`). Without names all patches are meant.
+# are told it, one a line), and which rules caught it in random runs (`Rules:`; or `none:` and why no run can). Without names all
+# patches are meant.
 #
 # Each patch is applied to a copy of this tree in target/planted, which is built there. Without --sure the robustness tests run on it,
 # sixty seeds at most; --record writes the rules and the number of runs into the patch and the table. It takes about a minute a bug, and fails
@@ -240,6 +241,11 @@ random() {
   local bug log rules runs
   mkdir -p "$work"
   for bug in "${names[@]}"; do
+    rules=$(header "$bug" Rules)
+    if [[ $rules == none:* ]]; then
+      printf '%-42s left out: %s\n' "$bug" "${rules#none: }"
+      continue
+    fi
     copy_tree
     plant "$bug" --forward
     log=$work/$bug.log

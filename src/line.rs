@@ -585,8 +585,7 @@ mod tests {
                 notified();
             }
             let start = Instant::now();
-            assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask(None)));
-            assert!(start.elapsed() < LONG / 2, "{:?}", start.elapsed());
+            assert!(matches!(place.turn(&Patience::Until(start + LONG / 3)), Turn::Ask(None)), "not in time");
         }
     }
 
