@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Breaks the lock on purpose, in each of the ways of tests/robustness/planted, and shows that the tests find it: a test that
-# finds nothing proves something only if it would have found what is there.
+# Breaks the lock on purpose, in each of the ways of tests/robustness/planted, and shows that the tests find it: a test
+# that finds nothing proves something only if it would have found what is there.
 #
-#   scripts/planted-bugs.sh [--record] [NAME…]          a run of random faults after the other, until one breaks a rule
+#   scripts/planted-bugs.sh [--record] [NAME…]          random runs, until one breaks a rule
 #   scripts/planted-bugs.sh --sure [--times N] [NAME…]  only the tests that find it every time
-#   scripts/planted-bugs.sh --check [NAME…]             every patch applies, and the table in the folder's README is up to date
+#   scripts/planted-bugs.sh --check [NAME…]             every patch applies, and the README's table is up to date
 #   scripts/planted-bugs.sh --table                     writes that table
 #
-# A patch begins with lines that say what the bug is (`Bug:`), which tests find it every time (`Found by:`, as cargo and the test
-# are told it, one a line), and which rules caught it in random runs (`Rules:`; or `none:` and why no run can). Without names all
-# patches are meant.
+# A patch begins with lines that say what the bug is (`Bug:`), which tests find it every time (`Found by:`, as cargo and
+# the test are told it, one a line), and which rules caught it in random runs (`Rules:`; or `none:` and why no run can).
+# Without names all patches are meant.
 #
-# Each patch is applied to a copy of this tree in target/planted, which is built there. Without --sure the robustness tests run on it,
-# sixty seeds at most; --record writes the rules and the number of runs into the patch and the table. It takes about a minute a bug, and fails
-# if one is not caught. --sure takes a few minutes for all. It fails if a test passes that should find a bug (each of N times,
-# default 1), or if one fails on the tree without bugs. It needs PostgreSQL's binaries, or STORAGE_LOCK_POSTGRESQL_DSN.
+# Each patch is applied to a copy of this tree in target/planted, which is built there. Without --sure the robustness
+# tests run on it, sixty seeds at most; --record writes the rules and the number of runs into the patch and the table.
+# It takes about a minute a bug, and fails if one is not caught. --sure takes a few minutes for all. It fails if a test
+# passes that should find a bug (each of N times, default 1), or if one fails on the tree without bugs. It needs
+# PostgreSQL's binaries, or STORAGE_LOCK_POSTGRESQL_DSN.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -68,7 +69,8 @@ header() {
 copy_tree() {
   rm -rf "$work/tree"
   mkdir -p "$work/tree"
-  git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --ignore-failed-read -cf - 2>/dev/null |
+  git ls-files -z --cached --others --exclude-standard |
+    tar --null --files-from=- --ignore-failed-read -cf - 2>/dev/null |
     tar -xmf - -C "$tree"
 }
 
@@ -187,7 +189,7 @@ expect() {
       for test in "${tests[@]}"; do
         grep -qxF "$wanted $test" <<<"$said" && continue
         is_so=
-        echo "  $bug: $test: $(grep -F " $test" <<<"$said" || echo 'said nothing'), see $work/sure/$bug.log"
+        echo "  $bug: not $wanted: $test, see $work/sure/$bug.log"
       done
     done
     rm -f "$work/sure/$bug.$kind"
@@ -233,8 +235,8 @@ sure() {
   for bug in "${names[@]}"; do
     [ -f "$work/sure/$bug.found" ] || missed+=("$bug")
   done
-  [ -f "$work/sure/no-bug.passed" ] || missed+=("no bugs in the tree without one")
   printf '%d bugs in %d s\n' "${#names[@]}" "$((SECONDS - started))"
+  [ -f "$work/sure/no-bug.passed" ] || die "a test doesn't pass on the tree without bugs: see above"
 }
 
 random() {

@@ -51,7 +51,7 @@ fn the_next_try_releases_what_the_one_before_may_have_taken() {
     }
 }
 
-/// The server has done it, and the connection stays open, so that the call is stuck: who gave it up undoes what came of it.
+/// The server has done it, and the connection stays open, so that the call is stuck. Who gave it up undoes it.
 #[test]
 fn an_acquire_that_is_given_up_without_an_answer_is_followed_up() {
     let (table, proxy, storage) = proxied();

@@ -378,7 +378,7 @@ fn a_hand_over_that_is_stuck_ends_in_time_and_leaves_no_lock_behind() {
     within(Duration::from_secs(10), "the lock is free", || theirs.try_lock("somebody").unwrap().map(drop));
 }
 
-/// The server has done it, and the connection stays open, so that the call is stuck: who gave it up undoes what came of it.
+/// The server has done it, and the connection stays open, so that the call is stuck. Who gave it up undoes it.
 #[test]
 fn a_hand_over_that_is_given_up_without_an_answer_is_followed_up() {
     let table = Table::new();
