@@ -214,3 +214,48 @@ impl Fault {
 // Named, because the fuzzer takes this file in from another folder.
 #[path = "answer/properties.rs"]
 pub(crate) mod properties;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(600);
+    const BUSY: Busy = Busy { version: 7, is_free: false, left: LONG, has_notified: false, place: Some(1), waiters: 1 };
+
+    #[test]
+    fn a_waiter_looks_when_the_lease_ends_that_is_in_the_way() {
+        let left = Duration::from_millis(700);
+        assert_eq!(Busy { left, ..BUSY }.sleep(1.0), left);
+        let second = Busy { left, place: Some(2), waiters: 2, ..BUSY };
+        assert!(second.sleep(1.0) > left && second.sleep(1.0) <= left + 2 * GRACE, "{:?}", second.sleep(1.0));
+    }
+
+    #[test]
+    fn a_waiter_looks_from_time_to_time_whatever_it_was_told() {
+        for (place, waiters, longest) in [(Some(1), 1, LOOK), (Some(50), 50, LOOK), (Some(9), 1_000, LOOK_OF_MANY)] {
+            let busy = Busy { place, waiters, ..BUSY };
+            assert!(busy.sleep(1.0) <= longest, "{busy:?} sleeps for {:?}", busy.sleep(1.0));
+        }
+        let without_a_place = Busy { place: None, waiters: MAX_WAITERS, ..BUSY };
+        assert!(without_a_place.sleep(1.0) <= LOOK, "nobody notifies it");
+    }
+
+    #[test]
+    fn a_free_lock_is_looked_at_soon_however_many_stand_before() {
+        for place in [1, 2, 10, 300, MAX_WAITERS] {
+            for has_notified in [false, true] {
+                let busy = Busy { is_free: true, has_notified, place: Some(place), waiters: place, ..BUSY };
+                let longest = GRACE + HEARING + LONGEST_STEPS;
+                assert!(busy.sleep(1.0) <= longest, "{busy:?} sleeps for {:?}", busy.sleep(1.0));
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_notified_those_before_it_may_take_that_version() {
+        let free = Busy { is_free: true, place: Some(2), waiters: 2, ..BUSY };
+        assert_eq!(free.turn(), None);
+        assert_eq!(Busy { has_notified: true, ..free }.turn(), Some(7));
+        assert_eq!(Busy { has_notified: true, ..BUSY }.turn(), None, "it is held");
+    }
+}

@@ -178,6 +178,17 @@ mod tests {
     }
 
     #[test]
+    fn a_claim_is_looked_for_for_as_long_as_its_statement_may_take_effect() {
+        let now = Instant::now();
+        let mut left = unfinished(None, now);
+        while left.next <= now + CLAIM_LIFE {
+            let looked = left.next;
+            left = left.after(Outcome::NotThere, looked).expect("another look, as it may come yet");
+        }
+        assert!(left.after(Outcome::NotThere, now + 2 * CLAIM_LIFE).is_none());
+    }
+
+    #[test]
     fn failures_are_repeated_until_the_lease_has_run_out() {
         let now = Instant::now();
         assert!(unfinished(Some(7), now).after(Outcome::Failed, now + Duration::from_secs(299)).is_some());

@@ -570,6 +570,38 @@ mod tests {
     }
 
     #[test]
+    fn a_notification_only_makes_a_waiter_look_sooner() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        for is_asking in [false, true] {
+            assert!(matches!(place.turn(&Patience::Until(Instant::now() + LONG)), Turn::Ask(_)));
+            let busy = || place.busy(Some(&Busy { left: GRACE, ..BUSY }), true, &Patience::Forever);
+            let notified = || [LONG, 100 * LONG].map(|delay| lines.notified("l", delay, Some(1)));
+            if is_asking {
+                notified();
+                busy();
+            } else {
+                busy();
+                notified();
+            }
+            let start = Instant::now();
+            assert!(matches!(place.turn(&Patience::Until(start + LONG / 3)), Turn::Ask(None)), "not in time");
+        }
+    }
+
+    #[test]
+    fn a_release_of_our_own_postpones_no_look() {
+        let lines = Lines::default();
+        let [first, second] = [0, 1].map(|_| lines.join(&options(), "o"));
+        let hold = take(&first, 1);
+        assert!(matches!(lines.successor(&hold), Successor::Waiter(_)));
+        // It is told while the release is under way.
+        lines.notified("l", Duration::ZERO, None);
+        assert!(!lines.release_hold(&hold, Instant::now() + LONG, true));
+        assert!(matches!(second.turn(&soon()), Turn::Ask(_)), "it waits for what the release says");
+    }
+
+    #[test]
     fn a_head_that_ends_while_it_asks_leaves_the_asking_to_the_next() {
         let lines = Lines::default();
         let [head, next] = [0, 1].map(|_| lines.join(&options(), "o"));

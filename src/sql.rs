@@ -536,6 +536,24 @@ mod tests {
         }
     }
 
+    /// Each text of a `LISTEN` is another statement for the server to remember.
+    #[test]
+    fn all_processes_listen_on_a_few_channels() {
+        let listens = (0..1_000).map(|_| listen(Uuid::new_v4()).split(';').next().unwrap_or_default().to_owned());
+        let texts: std::collections::HashSet<String> = listens.collect();
+        assert!(texts.len() <= 16, "{} texts", texts.len());
+    }
+
+    /// Otherwise its statement takes too long before it is known that somebody else has locked what it needs.
+    #[test]
+    fn who_waits_for_a_lock_in_the_server_hears_of_that_first() {
+        let millis = |name: &str| -> u32 {
+            let value = SESSION_OPTIONS.split(&format!(" {name}=")).nth(1).expect(name);
+            value.split(' ').next().unwrap_or_default().parse().expect(name)
+        };
+        assert!(millis("lock_timeout") + 500 <= millis("statement_timeout"));
+    }
+
     /// What `text`, without its literals and quoted names, says in words and in signs.
     fn unquoted(text: &str) -> String {
         let (mut plain, mut quote) = (String::new(), None);

@@ -297,6 +297,68 @@ fn release_and_refresh_are_idempotent() {
     assert!(!release(&mut session, &table.sql, &mine, Some(version + 1)));
 }
 
+/// Its owner's name is that of another hold, too.
+#[test]
+fn release_and_refresh_name_one_hold() {
+    let table = Table::new();
+    let mut session = session();
+    let [old, new] = [0; 2].map(|_| claim("l", LONG));
+    let version = take(&mut session, &table.sql, &old).unwrap().version;
+    client().batch_execute(&format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table)).unwrap();
+    assert_eq!(take(&mut session, &table.sql, &new).unwrap().version, version + 1);
+    let row = session.get(&table.sql, "l").unwrap().unwrap();
+    assert!(session.refresh(&table.sql, &old, version).unwrap().is_none());
+    for version in [Some(version), Some(version + 1), None] {
+        assert!(!release(&mut session, &table.sql, &old, version));
+    }
+    assert_eq!(session.get(&table.sql, "l").unwrap().unwrap(), row, "it is another one's");
+    assert!(session.refresh(&table.sql, &new, version + 1).unwrap().is_some());
+}
+
+/// Not by its own lease, and not by what it knows from the time before.
+#[test]
+fn a_contender_judges_a_lease_by_the_row_each_time() {
+    let table = Table::new();
+    let (mut holder, mut contender) = (session(), session());
+    let (lease, begin) = (Duration::from_secs(1), Instant::now());
+    let mine = claim("l", lease);
+    let version = take(&mut holder, &table.sql, &mine).unwrap().version;
+    while begin.elapsed() < 2 * lease {
+        for lease in [LONG, Duration::from_millis(1)] {
+            let acquired = contender.acquire(&table.sql, &claim("l", lease), None).unwrap();
+            assert!(matches!(acquired, Acquired::Busy { .. }), "{acquired:?} after {:?}", begin.elapsed());
+        }
+        assert!(holder.refresh(&table.sql, &mine, version).unwrap().is_some());
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_fence_is_for_its_own_hold_and_keeps_others_from_the_lock() {
+    let table = Table::new();
+    let (mut session, mut fencing) = (session(), client());
+    let [old, new] = [0; 2].map(|_| claim("l", LONG));
+    let fence = |transaction: &mut postgres::Transaction<'_>, claim: &Claim, version: i64| {
+        let lease_id = claim.lease_id.to_string();
+        transaction.query(&table.sql.fence, &[&"l", &version, &lease_id]).unwrap().len()
+    };
+    let expire = format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table);
+    take(&mut session, &table.sql, &old).unwrap();
+    let mut transaction = fencing.transaction().unwrap();
+    assert_eq!(fence(&mut transaction, &old, 1), 1);
+    client().batch_execute(&expire).unwrap();
+    assert!(take(&mut session, &table.sql, &new).is_none(), "the transaction is open");
+    transaction.commit().unwrap();
+    assert_eq!(take(&mut session, &table.sql, &new).unwrap().version, 2);
+    let mut transaction = fencing.transaction().unwrap();
+    for (claim, version, rows) in [(&old, 1, 0), (&old, 2, 0), (&new, 1, 0), (&new, 2, 1)] {
+        assert_eq!(fence(&mut transaction, claim, version), rows, "version {version}");
+    }
+    transaction.commit().unwrap();
+    assert!(release(&mut session, &table.sql, &new, Some(2)));
+    assert_eq!(fence(&mut fencing.transaction().unwrap(), &new, 2), 0, "it is released");
+}
+
 /// A holder of the past is stopped in the transaction that would have released the lock.
 #[test]
 fn a_release_that_has_waited_for_a_takeover_leaves_the_next_owners_row_to_be_refreshed() {
@@ -402,6 +464,52 @@ fn a_release_and_a_busy_acquire_at_once_never_miss_each_other() {
     assert!(waits > 50 && waits < ROUNDS - 50, "the race was not one: {waits}");
 }
 
+/// It has seen the lock held, and waits for the row until the release is committed.
+#[test]
+fn who_registers_while_the_lock_is_released_hears_that_it_is_free() {
+    let table = Table::new();
+    let (mut waiting, mut releasing, mut looking) = (session(), client(), client());
+    take(&mut session(), &table.sql, &claim("l", LONG)).unwrap();
+    let backend = waiting.backend.unwrap();
+    let held = format!("UPDATE {} SET released_at = NULL, waiters = ARRAY[gen_random_uuid()]", table.sql.table);
+    let release = format!("UPDATE {} SET released_at = clock_timestamp()", table.sql.table);
+    let is_waiting = "SELECT count(*) FROM pg_locks WHERE pid = $1 AND NOT granted";
+    // A registration waits for the row for a moment: on a busy machine the release may come too late.
+    let registered = (0..50).find_map(|_| {
+        releasing.batch_execute(&held).unwrap();
+        let mut transaction = releasing.transaction().unwrap();
+        transaction.batch_execute(&release).unwrap();
+        let acquired = thread::scope(|scope| {
+            let acquiring = scope.spawn(|| waiting.acquire(&table.sql, &claim("l", LONG), ticket(Uuid::new_v4())));
+            while !acquiring.is_finished() && looking.query_one(is_waiting, &[&backend]).unwrap().get::<_, i64>(0) == 0
+            {
+            }
+            transaction.commit().unwrap();
+            acquiring.join().unwrap().unwrap()
+        });
+        match acquired {
+            Acquired::Busy { busy, .. } => Some(busy),
+            Acquired::Locked => None,
+            acquired => panic!("{acquired:?}: it is there, and promised to another one"),
+        }
+    });
+    let busy = registered.expect("in time");
+    assert!(busy.is_free && busy.left <= sql::GRACE && busy.place == Some(2), "{busy:?}");
+}
+
+#[test]
+fn a_row_that_somebody_keeps_locked_is_told_as_locked() {
+    let table = Table::new();
+    let (mut session, mut locking) = (session(), client());
+    take(&mut session, &table.sql, &claim("l", LONG)).unwrap();
+    let mut transaction = locking.transaction().unwrap();
+    transaction.batch_execute(&format!("SELECT FROM {} FOR UPDATE", table.sql.table)).unwrap();
+    let mut acquire = |ticket| session.acquire(&table.sql, &claim("l", LONG), ticket).expect("no error");
+    assert!(matches!(acquire(ticket(Uuid::new_v4())), Acquired::Locked));
+    // Who doesn't wait has no need to be put into it.
+    assert!(matches!(acquire(None), Acquired::Busy { .. }));
+}
+
 #[test]
 fn whoever_stands_in_the_row_stays_there_while_the_lock_is_handed_over() {
     const ROUNDS: usize = 2_000;
@@ -467,6 +575,33 @@ fn a_hand_over_happens_once_and_names_the_hold() {
     assert_eq!(hand_over(&another, version + 2, &claim("l", LONG)), None, "what has expired is not handed over");
 }
 
+/// The payloads of the notifications that come in half a second.
+fn heard(ear: &mut Client) -> Vec<String> {
+    let mut notifications = ear.notifications();
+    let heard = notifications.timeout_iter(Duration::from_millis(500));
+    heard.map(|notification| Ok(notification.payload().to_owned())).collect().unwrap()
+}
+
+/// They sleep by the longer lease.
+#[test]
+fn a_hand_over_to_a_shorter_lease_notifies_who_waits() {
+    let table = Table::new();
+    let (mut session, mut ear) = (session(), client());
+    let waiters = [0; 2].map(|_| Uuid::new_v4());
+    let [mine, longer, shorter] = [LONG, 2 * LONG, LONG].map(|lease| claim("l", lease));
+    take(&mut session, &table.sql, &mine).unwrap();
+    for waiter in waiters {
+        ear.batch_execute(&sql::listen(waiter)).unwrap();
+        let acquired = session.acquire(&table.sql, &claim("l", LONG), ticket(waiter)).unwrap();
+        assert!(matches!(acquired, Acquired::Busy { .. }));
+    }
+    session.hand_over(&table.sql, &mine, 1, &longer).unwrap().expect("held");
+    assert!(heard(&mut ear).is_empty(), "it is looked at in time");
+    session.hand_over(&table.sql, &longer, 2, &shorter).unwrap().expect("held");
+    let [first, second] = waiters;
+    assert_eq!(heard(&mut ear), [format!("{first} 0 0 l"), format!("{second} 100 0 l")]);
+}
+
 /// The statements of waiting, one after the other.
 #[test]
 fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
@@ -514,12 +649,6 @@ fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
     listen(second);
     let busy = acquire(&claim("l", LONG), third, None).unwrap_err();
     assert!(busy.is_free && busy.has_notified && busy.turn() == Some(2), "{busy:?}");
-    let heard = |ear: &mut Client| -> Vec<String> {
-        let mut notifications = ear.notifications();
-        let heard = notifications.timeout_iter(Duration::from_millis(500));
-        let heard = heard.map(|notification| Ok(notification.payload().to_owned()));
-        heard.collect().unwrap()
-    };
     let mine = claim("l", LONG);
     assert!(acquire(&mine, third, Some(1)).is_err(), "of another version");
     assert_eq!(acquire(&mine, third, Some(2)), Ok((3, true)));

@@ -8,7 +8,7 @@ use socket2::{Domain, Socket, Type};
 use storage_lock::{Error, PostgresStorage, StorageLock};
 
 use crate::support::proxy::Proxy;
-use crate::support::{Table, chain, dsn, eventually, is_refreshed, ms, short_lock, takes_at_most};
+use crate::support::{Table, chain, dsn, eventually, is_refreshed, ms, short_lock, takes_at_most, within};
 
 /// A table, a proxy before its server, and a storage that goes through the proxy.
 fn proxied() -> (Table, Proxy, PostgresStorage) {
@@ -35,6 +35,46 @@ fn an_acquire_whose_answer_was_lost_is_undone_and_repeated_at_once() {
         guard.unlock().unwrap();
     }
     assert!(table.lock("l").try_lock("other").unwrap().is_some());
+}
+
+/// Whoever else may be at it too, it isn't kept out by itself.
+#[test]
+fn the_next_try_releases_what_the_one_before_may_have_taken() {
+    let (_table, proxy, storage) = proxied();
+    let lock = StorageLock::new(&storage, "l").unwrap();
+    drop(lock.lock("warm-up").unwrap());
+    for lost in 1..=20 {
+        proxy.lose_answer_to(b" acquire \"");
+        let guard = lock.try_lock("worker").unwrap().expect("free: our own hold was released");
+        assert_eq!(proxy.lost_answers(), lost);
+        guard.unlock().unwrap();
+    }
+}
+
+/// The server has done it, and the connection stays open, so that the call is stuck: who gave it up undoes what came of it.
+#[test]
+fn an_acquire_that_is_given_up_without_an_answer_is_followed_up() {
+    let (table, proxy, storage) = proxied();
+    let lock = short_lock(&storage, "l", ms(90_000), ms(30_000));
+    drop(lock.lock("warm-up").unwrap());
+    proxy.swallow_answers_after(b" acquire \"");
+    let result = takes_at_most(ms(1_500), "try_lock_for", || lock.try_lock_for("gave-up", ms(300)));
+    assert!(matches!(result, Err(Error::Timeout { .. })) && proxy.has_swallowed(), "{result:?}");
+    // Not for the lease, and not for as long as the stuck call takes to hear that its connection is dead.
+    let theirs = table.lock("l");
+    within(Duration::from_secs(8), "the lock is free", || theirs.try_lock("other").unwrap().map(drop));
+}
+
+/// The request is swallowed, and the connection stays open: until the end of its time the guard can't know.
+#[test]
+fn a_release_that_the_server_never_got_is_repeated() {
+    let (table, proxy, storage) = proxied();
+    let guard = short_lock(&storage, "l", ms(90_000), ms(30_000)).lock("worker").unwrap();
+    proxy.swallow_open_connections();
+    let result = takes_at_most(ms(2_500), "unlock", || guard.unlock());
+    assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
+    let theirs = table.lock("l");
+    within(Duration::from_secs(8), "the lock is free", || theirs.try_lock("other").unwrap().map(drop));
 }
 
 #[test]

@@ -378,6 +378,29 @@ fn a_hand_over_that_is_stuck_ends_in_time_and_leaves_no_lock_behind() {
     within(Duration::from_secs(10), "the lock is free", || theirs.try_lock("somebody").unwrap().map(drop));
 }
 
+/// The server has done it, and the connection stays open, so that the call is stuck: who gave it up undoes what came of it.
+#[test]
+fn a_hand_over_that_is_given_up_without_an_answer_is_followed_up() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = short_lock(&storage, "l", ms(90_000), ms(30_000));
+    for is_swallowed in [false, true] {
+        let guard = lock.lock("first").unwrap();
+        let second = {
+            let lock = lock.clone();
+            waiting_thread(move || lock.try_lock_for("second", ms(8_000)).unwrap().is_some())
+        };
+        if is_swallowed {
+            // The statement is prepared by now.
+            proxy.swallow_answers_after(b" hand over \"");
+        }
+        takes_at_most(ms(2_500), "unlock", || drop(guard));
+        assert!(second.join().unwrap(), "it waits for what was handed to itself");
+    }
+    assert!(proxy.has_swallowed());
+}
+
 /// What a fence is: the lock can be released, but nobody takes it until that transaction ends.
 #[test]
 fn a_release_is_not_held_up_by_a_locked_row_and_the_waiter_is() {
