@@ -34,6 +34,7 @@ fn child_process() {
         ("panic", []) => log_to_a_logger_that_panics(&table),
         ("hand to a shorter lease", [lock_id]) => hand_to_a_shorter_lease(&table, lock_id),
         ("take with a shorter lease", [lock_id, how]) => take_with_a_shorter_lease(&table, lock_id, how),
+        ("panic within the driver", []) => panic_within_the_driver(&table),
         ("panic at every line", []) => panic_at_every_line(&table),
         ("cycles", []) => leaks::cycles(&table),
         ("failed connects", [closing]) => leaks::failed_connects(&table, closing.parse().unwrap()),
@@ -403,6 +404,39 @@ impl Drop for PanicsInItsDrop {
     fn drop(&mut self) {
         panic!("in a drop");
     }
+}
+
+/// A logger that panics now and then at what the driver writes while it runs a statement.
+fn panic_within_the_driver(table: &Table) {
+    struct Panicking;
+    static IS_DUE: AtomicBool = AtomicBool::new(false);
+    impl log::Log for Panicking {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            if record.target().starts_with("tokio_postgres") && IS_DUE.swap(false, Ordering::SeqCst) {
+                panic!("as planned");
+            }
+        }
+        fn flush(&self) {}
+    }
+    log::set_logger(&Panicking).unwrap();
+    log::set_max_level(log::LevelFilter::Trace);
+    let lock = table.short_lock("l", ms(3_000), ms(50));
+    let guard = lock.lock("worker").unwrap();
+    for _ in 0..5 {
+        IS_DUE.store(true, Ordering::SeqCst);
+        eventually("it panicked", || !IS_DUE.load(Ordering::SeqCst));
+        is_refreshed(&guard);
+        assert!(guard.is_held());
+    }
+    guard.unlock().unwrap();
+    IS_DUE.store(true, Ordering::SeqCst);
+    let error = takes_at_most(ms(4_000), "a call", || lock.info()).unwrap_err();
+    assert!(chain(&error).contains("panicked"), "{}", chain(&error));
+    assert!(!lock.info().unwrap().unwrap().is_held);
+    say("as expected");
 }
 
 /// A logger that panics at every line of the library's, as one does that prints to a closed pipe; and callbacks that
