@@ -13,6 +13,8 @@ use crate::sync::Instant;
 pub(crate) enum Fault {
     /// A pooler was recognised; nothing was done. The same on a new session will work.
     Pooled,
+    /// The user's logger panicked within the driver: the connection is in no known state.
+    Panicked,
     Postgres(postgres::Error),
 }
 
@@ -30,6 +32,8 @@ pub(crate) struct Claim {
     /// Made before the statement is sent, and sent once: what came of it without an answer can be found, and undone.
     pub(crate) lease_id: Uuid,
     pub(crate) lease: Duration,
+    /// After this its statement takes no effect, however late it comes to be sent or served.
+    pub(crate) expires: Instant,
 }
 
 /// A hold, as the database gave it.
@@ -59,7 +63,7 @@ pub(crate) enum Acquired {
     /// Ours. The owner before is named if its lease had run out without a release.
     Taken { granted: Granted, taken_over_from: Option<String> },
     /// Another's, or promised to another.
-    Busy { busy: Busy, owner_id: String },
+    Busy(Busy),
     /// Somebody's transaction keeps the row locked.
     Locked,
     /// Free, but it changed hands, was locked, or couldn't be serialised while the statement ran.
@@ -71,9 +75,10 @@ pub(crate) enum Acquired {
 }
 
 /// A lock that can't be had now, as its row says that a waiter's registration wrote.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Busy {
     pub(crate) version: i64,
+    pub(crate) owner_id: String,
     /// It is nobody's, and promised to others.
     pub(crate) is_free: bool,
     /// What is left of the lease that is in the way, or of the promise.
@@ -191,7 +196,7 @@ impl AcquireRow {
         if self.may_take || self.waits && place.is_none() && waiters < MAX_WAITERS {
             return Acquired::Missed;
         }
-        Acquired::Busy { busy: Busy { version, is_free, left, has_notified, place, waiters }, owner_id }
+        Acquired::Busy(Busy { version, owner_id, is_free, left, has_notified, place, waiters })
     }
 }
 
@@ -199,7 +204,7 @@ impl Fault {
     /// Whether the session can't be used any more, while the same on a fresh one may work.
     pub(crate) fn is_connection_fault(&self) -> bool {
         match self {
-            Fault::Pooled => true,
+            Fault::Pooled | Fault::Panicked => true,
             Fault::Postgres(error) => is_connection_fault(error),
         }
     }
@@ -220,7 +225,15 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(600);
-    const BUSY: Busy = Busy { version: 7, is_free: false, left: LONG, has_notified: false, place: Some(1), waiters: 1 };
+    const BUSY: Busy = Busy {
+        version: 7,
+        owner_id: String::new(),
+        is_free: false,
+        left: LONG,
+        has_notified: false,
+        place: Some(1),
+        waiters: 1,
+    };
 
     #[test]
     fn a_waiter_looks_when_the_lease_ends_that_is_in_the_way() {

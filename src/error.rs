@@ -109,7 +109,7 @@ impl Error {
     pub(crate) fn is_transient(&self) -> bool {
         match self {
             Error::Connect { source } | Error::Database { source, .. } => {
-                is_connection_fault(source) || source.code().is_some_and(|code| PASSING.contains(code))
+                is_connection_fault(source) || source.code().is_some_and(is_passing)
             }
             Error::Timeout { .. } | Error::Thread { .. } => true,
             Error::InvalidOption { .. } | Error::Table { .. } | Error::LeaseLost { .. } | Error::Fence { .. } => false,
@@ -117,13 +117,12 @@ impl Error {
     }
 }
 
-/// What the server says of a statement that it rolled back for reasons that pass.
-const PASSING: [SqlState; 4] = [
-    SqlState::QUERY_CANCELED,
-    SqlState::LOCK_NOT_AVAILABLE,
-    SqlState::T_R_SERIALIZATION_FAILURE,
-    SqlState::T_R_DEADLOCK_DETECTED,
-];
+/// Whether the server rolled a statement back for reasons that pass: 40 others were in the way, 53 disk, memory or connections are
+/// used up, 54 a limit was reached, 55 something is in use, 58 the operating system failed, and a statement that was cancelled.
+fn is_passing(code: &SqlState) -> bool {
+    *code == SqlState::QUERY_CANCELED
+        || ["40", "53", "54", "55", "58"].iter().any(|class| code.code().starts_with(class))
+}
 
 /// Whether the error speaks of the connection, which is not to be used again: what was asked may have happened.
 pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {

@@ -3,21 +3,21 @@
 //! One thread of a storage, while there is something to do, releases what such a claim may have taken, or may not have given
 //! back. A claim is named by its lease, so this hurts nobody else. Whoever gives a call up that had been started hands its claim over
 //! here at that moment, while the call itself may be stuck. It ends when the database has confirmed the release, when nothing can come
-//! of the claim any more ([`CLAIM_LIFE`]), when the lease has run out by itself, or after ten minutes.
+//! of the claim any more (it has expired, and nobody is about to commit an acquire), when the lease has run out by itself, or
+//! after ten minutes.
+//!
+//! Claims go before places, and what has failed less often before what fails again and again: one that a locked row keeps waiting
+//! delays no other.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use crate::answer::Claim;
-use crate::sql::CLAIM_LIFE;
 use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::term::backoff;
 
-/// Beyond this number, leases run out by themselves.
-const MAX_UNFINISHED: usize = 1_000;
-/// That there is nothing to release says little while the statement of a claim may still take effect; a second for the clocks.
-const STRAY_TIME: Duration = CLAIM_LIFE.saturating_add(Duration::from_secs(1));
-
+/// For clocks that part, after a claim has expired.
+const SLACK: Duration = Duration::from_secs(1);
 /// How often to look for what may come yet: at first, and later.
 const FIRST_LOOKS: Duration = Duration::from_millis(250);
 const LAST_LOOKS: Duration = Duration::from_secs(2);
@@ -27,77 +27,94 @@ const LONGEST: Duration = Duration::from_secs(10 * 60);
 /// Something to be undone.
 #[derive(Clone, Debug)]
 pub(crate) struct Unfinished {
-    pub(crate) lock_id: String,
-    pub(crate) claim: Option<UnknownClaim>,
-    /// The process may stand in the row.
-    pub(crate) may_wait: bool,
+    pub(crate) work: Work,
     since: Instant,
     failures: u32,
     next: Instant,
 }
 
-/// A claim that is to be released.
 #[derive(Clone, Debug)]
-pub(crate) struct UnknownClaim {
-    pub(crate) claim: Claim,
-    /// The version of a hold; none of an acquire that may never have come to be one.
-    pub(crate) version: Option<i64>,
+pub(crate) enum Work {
+    /// A hold that may not have been given back.
+    Hold { claim: Claim, version: i64 },
+    /// An acquire that may have happened, or may happen until its claim expires.
+    Acquire { claim: Claim },
+    /// The process may stand in the row of a lock for which nobody of it waits, or may come to stand there until then.
+    Place { lock_id: String, until: Instant },
 }
 
 /// What came of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    Released,
+    /// It was there, and is undone.
+    Undone,
+    /// It isn't there.
     NotThere,
     Failed,
-    /// The database refuses, and goes on to.
-    Refused,
 }
 
 impl Unfinished {
-    /// A hold that may not have been given back.
     pub(crate) fn hold(claim: Claim, version: i64, now: Instant) -> Unfinished {
-        Unfinished::new(claim.lock_id.clone(), Some(UnknownClaim { claim, version: Some(version) }), false, now)
+        Unfinished::new(Work::Hold { claim, version }, now)
     }
 
-    /// An acquire that may have happened, or may happen yet.
-    pub(crate) fn acquire(claim: Claim, may_wait: bool, now: Instant) -> Unfinished {
-        Unfinished::new(claim.lock_id.clone(), Some(UnknownClaim { claim, version: None }), may_wait, now)
+    pub(crate) fn acquire(claim: Claim, now: Instant) -> Unfinished {
+        Unfinished::new(Work::Acquire { claim }, now)
     }
 
-    /// A place in the row of a lock for which nobody of this process waits any more.
-    pub(crate) fn place(lock_id: &str, now: Instant) -> Unfinished {
-        Unfinished::new(lock_id.to_owned(), None, true, now)
+    pub(crate) fn place(lock_id: &str, until: Instant, now: Instant) -> Unfinished {
+        Unfinished::new(Work::Place { lock_id: lock_id.to_owned(), until }, now)
     }
 
-    fn new(lock_id: String, claim: Option<UnknownClaim>, may_wait: bool, now: Instant) -> Unfinished {
-        Unfinished { lock_id, claim, may_wait, since: now, failures: 0, next: now }
+    fn new(work: Work, now: Instant) -> Unfinished {
+        Unfinished { work, since: now, failures: 0, next: now }
     }
 
     /// What is left to do after an attempt, if anything.
     fn after(mut self, outcome: Outcome, now: Instant) -> Option<Unfinished> {
-        let age = now.duration_since(self.since);
-        let is_stray = self.claim.as_ref().is_some_and(|unknown| unknown.version.is_none());
-        let is_done = match outcome {
-            Outcome::Released | Outcome::Refused => true,
-            Outcome::NotThere => !is_stray || age >= STRAY_TIME,
-            Outcome::Failed => false,
+        // By when nothing is left, whatever the database says.
+        let longest = self.since + LONGEST;
+        let (is_done, ends) = match &self.work {
+            Work::Hold { claim, .. } => (outcome != Outcome::Failed, self.since + claim.lease.min(LONGEST)),
+            Work::Acquire { claim } => {
+                let is_over = now >= claim.expires + SLACK;
+                let is_done = outcome == Outcome::Undone || outcome == Outcome::NotThere && is_over;
+                (is_done, claim.expires + SLACK + claim.lease.min(LONGEST))
+            }
+            Work::Place { until, .. } => (outcome != Outcome::Failed && now >= *until, longest),
         };
-        // What comes late has its lease from then on.
-        let lease = self.claim.as_ref().map_or(LONGEST, |unknown| unknown.claim.lease);
-        let lasts = if is_stray { lease.saturating_add(STRAY_TIME) } else { lease };
-        if is_done || age >= lasts.min(LONGEST) {
+        if is_done || now >= ends.min(longest) {
             return None;
         }
-        self.failures = self.failures.saturating_add(1);
-        let is_not_there = outcome == Outcome::NotThere;
-        let pause = if is_not_there { (age / 2).clamp(FIRST_LOOKS, LAST_LOOKS) } else { backoff(self.failures) };
+        let age = now.duration_since(self.since);
+        self.failures = if outcome == Outcome::Failed { self.failures.saturating_add(1) } else { 0 };
+        let pause =
+            if outcome == Outcome::Failed { backoff(self.failures) } else { (age / 2).clamp(FIRST_LOOKS, LAST_LOOKS) };
         self.next = now + pause;
         Some(self)
     }
+
+    /// What goes before others that are due.
+    fn urgency(&self) -> impl Ord + use<> {
+        (matches!(self.work, Work::Place { .. }), self.failures, self.next)
+    }
+
+    /// Whether this is the same place; it is looked for until the later of both.
+    fn joins(&self, other: &mut Unfinished) -> bool {
+        match (&self.work, &mut other.work) {
+            (Work::Place { lock_id, until }, Work::Place { lock_id: other_id, until: other_until })
+                if lock_id == other_id =>
+            {
+                *other_until = (*other_until).max(*until);
+                (other.since, other.next) = (self.since, other.next.min(self.next));
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
-/// The unfinished claims of a storage.
+/// The unfinished work of a storage.
 #[derive(Default)]
 pub(crate) struct FollowUps {
     state: Mutex<State>,
@@ -106,16 +123,16 @@ pub(crate) struct FollowUps {
 
 #[derive(Default)]
 struct State {
-    unfinished: VecDeque<Unfinished>,
+    unfinished: Vec<Unfinished>,
     has_thread: bool,
 }
 
 impl FollowUps {
-    /// Takes a claim up, and says whether its caller has to start the thread that runs [`run`](Self::run).
+    /// Takes something up, and says whether its caller has to start the thread that runs [`run`](Self::run).
     pub(crate) fn add(&self, unfinished: Unfinished) -> bool {
         let mut state = lock(&self.state);
-        if state.unfinished.len() < MAX_UNFINISHED {
-            state.unfinished.push_back(unfinished);
+        if !state.unfinished.iter_mut().any(|other| unfinished.joins(other)) {
+            state.unfinished.push(unfinished);
         }
         self.added.notify_one();
         !std::mem::replace(&mut state.has_thread, true)
@@ -127,14 +144,16 @@ impl FollowUps {
     }
 
     /// Follows up until nothing is left.
-    pub(crate) fn run(&self, attempt: impl Fn(&Unfinished) -> Outcome) {
+    pub(crate) fn run(&self, attempt: impl Fn(&Work) -> Outcome) {
         let mut state = lock(&self.state);
         loop {
             let now = Instant::now();
-            let due = state.unfinished.iter().position(|unfinished| unfinished.next <= now);
-            if let Some(unfinished) = due.and_then(|due| state.unfinished.remove(due)) {
+            let due = (0_usize..).zip(&state.unfinished).filter(|(_, unfinished)| unfinished.next <= now);
+            let most_urgent = due.max_by_key(|(_, unfinished)| Reverse(unfinished.urgency())).map(|(at, _)| at);
+            if let Some(at) = most_urgent {
+                let unfinished = state.unfinished.swap_remove(at);
                 drop(state);
-                let outcome = attempt(&unfinished);
+                let outcome = attempt(&unfinished.work);
                 state = lock(&self.state);
                 state.unfinished.extend(unfinished.after(outcome, Instant::now()));
             } else if let Some(next) = state.unfinished.iter().map(|unfinished| unfinished.next).min() {
@@ -149,93 +168,137 @@ impl FollowUps {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use proptest::collection::vec;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::sql::CLAIM_LIFE;
     use crate::term::properties::leases;
 
-    fn unfinished(version: Option<i64>, now: Instant) -> Unfinished {
-        let claim = Claim {
+    fn claim(now: Instant) -> Claim {
+        Claim {
             lock_id: "l".to_owned(),
             owner_id: "o".to_owned(),
             lease_id: uuid::Uuid::new_v4(),
             lease: Duration::from_secs(300),
-        };
-        match version {
-            Some(version) => Unfinished::hold(claim, version, now),
-            None => Unfinished::acquire(claim, false, now),
+            expires: now + CLAIM_LIFE,
         }
     }
 
-    #[test]
-    fn an_acquire_that_is_not_there_yet_is_looked_for_again_and_a_hold_is_not() {
-        let now = Instant::now();
-        assert!(unfinished(Some(7), now).after(Outcome::NotThere, now).is_none());
-        let again = unfinished(None, now).after(Outcome::NotThere, now).expect("again");
-        assert!(again.next > now);
-        assert!(again.after(Outcome::NotThere, now + STRAY_TIME).is_none());
+    fn hold(now: Instant) -> Unfinished {
+        Unfinished::hold(claim(now), 7, now)
+    }
+
+    fn acquire(now: Instant) -> Unfinished {
+        Unfinished::acquire(claim(now), now)
     }
 
     #[test]
     fn a_claim_is_looked_for_for_as_long_as_its_statement_may_take_effect() {
         let now = Instant::now();
-        let mut left = unfinished(None, now);
-        while left.next <= now + CLAIM_LIFE {
-            let looked = left.next;
-            left = left.after(Outcome::NotThere, looked).expect("another look, as it may come yet");
-        }
-        assert!(left.after(Outcome::NotThere, now + 2 * CLAIM_LIFE).is_none());
+        assert!(hold(now).after(Outcome::NotThere, now).is_none());
+        let again = acquire(now).after(Outcome::NotThere, now).expect("again");
+        assert!(again.next > now);
+        assert!(again.clone().after(Outcome::NotThere, now + CLAIM_LIFE).is_some());
+        assert!(again.after(Outcome::NotThere, now + CLAIM_LIFE + SLACK).is_none());
     }
 
     #[test]
     fn failures_are_repeated_until_the_lease_has_run_out() {
         let now = Instant::now();
-        assert!(unfinished(Some(7), now).after(Outcome::Failed, now + Duration::from_secs(299)).is_some());
-        assert!(unfinished(Some(7), now).after(Outcome::Failed, now + Duration::from_secs(300)).is_none());
-        assert!(unfinished(None, now).after(Outcome::Released, now).is_none());
-        assert!(unfinished(None, now).after(Outcome::Refused, now).is_none());
+        assert!(hold(now).after(Outcome::Failed, now + Duration::from_secs(299)).is_some());
+        assert!(hold(now).after(Outcome::Failed, now + Duration::from_secs(300)).is_none());
+        // What came late has its lease from then on.
+        let lasts = CLAIM_LIFE + SLACK + Duration::from_secs(300);
+        assert!(acquire(now).after(Outcome::Failed, now + lasts - Duration::from_millis(1)).is_some());
+        assert!(acquire(now).after(Outcome::Failed, now + lasts).is_none());
+        assert!(acquire(now).after(Outcome::Undone, now).is_none());
     }
 
     #[test]
     fn a_place_in_a_row_is_given_up_once_and_failures_are_repeated() {
         let now = Instant::now();
-        assert!(Unfinished::place("l", now).after(Outcome::NotThere, now).is_none());
-        assert!(Unfinished::place("l", now).after(Outcome::Failed, now + Duration::from_secs(599)).is_some());
-        assert!(Unfinished::place("l", now).after(Outcome::Failed, now + LONGEST).is_none());
+        let place = |until| Unfinished::place("l", until, now);
+        assert!(place(now).after(Outcome::NotThere, now).is_none());
+        assert!(place(now).after(Outcome::Failed, now + Duration::from_secs(599)).is_some());
+        assert!(place(now).after(Outcome::Failed, now + LONGEST).is_none());
+        // A late copy of the request may yet put the process there.
+        let later = now + CLAIM_LIFE;
+        assert!(place(later).after(Outcome::Undone, now).is_some());
+        assert!(place(later).after(Outcome::NotThere, later).is_none());
+    }
+
+    #[test]
+    fn whatever_number_is_left_all_of_it_is_tried_and_places_of_a_lock_are_one() {
+        let (follow_ups, now) = (FollowUps::default(), Instant::now());
+        for n in 0..3_000 {
+            follow_ups.add(Unfinished::place(&format!("l{}", n % 1_500), now, now));
+            follow_ups.add(hold(now));
+        }
+        let tried = RefCell::new((0, 0));
+        follow_ups.run(|work| {
+            let (places, holds) = &mut *tried.borrow_mut();
+            *(if matches!(work, Work::Place { .. }) { places } else { holds }) += 1;
+            Outcome::NotThere
+        });
+        assert_eq!(tried.into_inner(), (1_500, 3_000));
+    }
+
+    #[test]
+    fn what_fails_again_and_again_keeps_no_other_claim_waiting() {
+        let (follow_ups, now) = (FollowUps::default(), Instant::now());
+        for n in 0..100 {
+            follow_ups.add(Unfinished::place(&format!("l{n}"), now, now));
+            follow_ups.add(Unfinished { failures: 3, ..hold(now) });
+        }
+        let fresh = acquire(now);
+        let Work::Acquire { claim } = &fresh.work else { panic!("an acquire") };
+        let lease_id = claim.lease_id;
+        follow_ups.add(fresh);
+        let first = RefCell::new(None);
+        follow_ups.run(|work| {
+            let of = match work {
+                Work::Hold { claim, .. } | Work::Acquire { claim } => Some(claim.lease_id),
+                Work::Place { .. } => None,
+            };
+            first.borrow_mut().get_or_insert(of);
+            Outcome::Undone
+        });
+        assert_eq!(first.into_inner(), Some(Some(lease_id)));
     }
 
     proptest! {
         /// Whatever comes of the attempts, and however long each takes.
         #[test]
         fn what_is_followed_up_is_given_up_with_its_lease_and_never_asked_for_in_a_hurry(
-            lease in leases(), version in proptest::option::of(any::<i64>()),
-            attempts in vec((0..4_u32, 0..3_000_u64), 1..200),
+            lease in leases(), is_hold: bool, attempts in vec((0..3_u32, 0..3_000_u64), 1..200),
         ) {
             let start = Instant::now();
-            let mut left = unfinished(version, start);
-            left.claim.as_mut().expect("a claim").claim.lease = lease;
-            let lasts = if version.is_some() { lease } else { lease.saturating_add(STRAY_TIME) };
+            let claim = Claim { lease, ..claim(start) };
+            let expires = claim.expires + SLACK;
+            let mut left =
+                if is_hold { Unfinished::hold(claim, 7, start) } else { Unfinished::acquire(claim, start) };
+            let ends = start + if is_hold { lease } else { lease.saturating_add(expires - start) }.min(LONGEST);
             let mut now = start;
             for (outcome, took) in attempts {
                 now = now.max(left.next) + Duration::from_millis(took);
                 let outcome = match outcome {
-                    0 if took < 10 => Outcome::Released,
-                    1 if took < 10 => Outcome::Refused,
-                    2 => Outcome::NotThere,
+                    0 if took < 10 => Outcome::Undone,
+                    1 => Outcome::NotThere,
                     _ => Outcome::Failed,
                 };
-                let ends = matches!(outcome, Outcome::Released | Outcome::Refused)
-                    || outcome == Outcome::NotThere && version.is_some()
-                    || now >= start + lasts.min(LONGEST);
+                let is_over = outcome == Outcome::Undone
+                    || outcome == Outcome::NotThere && (is_hold || now >= expires)
+                    || now >= ends;
                 let Some(again) = left.after(outcome, now) else {
-                    let is_stray_no_more = outcome == Outcome::NotThere && now >= start + STRAY_TIME;
-                    prop_assert!(ends || is_stray_no_more, "{:?} after {:?}", outcome, now - start);
+                    prop_assert!(is_over, "{:?} after {:?}", outcome, now - start);
                     return Ok(());
                 };
-                prop_assert!(!ends, "{:?} after {:?}", outcome, now - start);
+                prop_assert!(!is_over, "{:?} after {:?}", outcome, now - start);
                 prop_assert!(again.next >= now + backoff(1));
-                prop_assert!(again.next <= now + LONGEST, "the next look is in {:?}", again.next - now);
+                prop_assert!(again.next <= now + LAST_LOOKS, "the next look is in {:?}", again.next - now);
                 left = again;
             }
         }

@@ -18,6 +18,7 @@ use crate::answer::{Busy, Claim, Granted, longest_sleep};
 use crate::error::Result;
 use crate::hold::Hold;
 use crate::options::LockOptions;
+use crate::sql::CLAIM_LIFE;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
 use crate::user_code::note;
@@ -102,8 +103,8 @@ pub(crate) enum Successor {
 
 impl Waiter {
     /// A claim with a lease id of its own: what came of an attempt without an answer is undone behind its back.
-    pub(crate) fn claim(&self) -> Claim {
-        claim(&self.lock, &self.owner_id)
+    pub(crate) fn claim(&self, deadline: Instant) -> Claim {
+        claim(&self.lock, &self.owner_id, deadline)
     }
 
     /// The hold that it has been granted, or handed by `before`.
@@ -113,9 +114,10 @@ impl Waiter {
     }
 }
 
-/// A new claim on a lock.
-pub(crate) fn claim(lock: &LockOptions, owner_id: &str) -> Claim {
+/// A new claim on a lock, for a call that its caller gives up at `deadline`.
+pub(crate) fn claim(lock: &LockOptions, owner_id: &str, deadline: Instant) -> Claim {
     Claim {
+        expires: deadline + CLAIM_LIFE,
         lock_id: lock.lock_id.clone(),
         owner_id: owner_id.to_owned(),
         lease_id: Uuid::new_v4(),
@@ -443,7 +445,9 @@ impl Place<'_> {
         // Not all processes that wait at the same moment.
         let sleep = busy.map(|busy| busy.sleep(1.0 - random_fraction() / 4.0));
         let [ours, _] = &mut line.turns;
-        *ours = busy.and_then(Busy::turn).zip(sleep).map(|(version, sleep)| Due { version, at: now + sleep });
+        let due = busy.and_then(Busy::turn).zip(sleep).map(|(version, sleep)| Due { version, at: now + sleep });
+        // Whoever makes us look sooner, and notify those before us again, doesn't put our turn off.
+        *ours = due.map(|due| ours.filter(|before| before.version == due.version).unwrap_or(due));
         match (busy, sleep) {
             // A free lock isn't asked for before others had their time.
             (Some(busy), Some(sleep)) if is_listening || busy.is_free => line.answered(now + sleep),
@@ -503,7 +507,15 @@ mod tests {
     use crate::sql::GRACE;
 
     const LONG: Duration = Duration::from_secs(30);
-    const BUSY: Busy = Busy { version: 1, is_free: false, left: LONG, has_notified: false, place: Some(1), waiters: 1 };
+    const BUSY: Busy = Busy {
+        version: 1,
+        owner_id: String::new(),
+        is_free: false,
+        left: LONG,
+        has_notified: false,
+        place: Some(1),
+        waiters: 1,
+    };
 
     fn options() -> Arc<LockOptions> {
         Arc::new(LockOptions::new("l"))
@@ -515,7 +527,7 @@ mod tests {
 
     fn take(place: &Place<'_>, version: i64) -> Arc<Hold> {
         assert!(matches!(place.turn(&Patience::Forever), Turn::Ask(_)));
-        let hold = place.waiter().hold(place.waiter().claim(), granted(version), None);
+        let hold = place.waiter().hold(place.waiter().claim(Instant::now()), granted(version), None);
         place.took(&hold);
         hold
     }
@@ -575,7 +587,7 @@ mod tests {
         let place = lines.join(&options(), "o");
         for is_asking in [false, true] {
             assert!(matches!(place.turn(&Patience::Until(Instant::now() + LONG)), Turn::Ask(_)));
-            let busy = || place.busy(Some(&Busy { left: GRACE, ..BUSY }), true, &Patience::Forever);
+            let busy = || place.busy(Some(&Busy { left: GRACE, ..BUSY.clone() }), true, &Patience::Forever);
             let notified = || [LONG, 100 * LONG].map(|delay| lines.notified("l", delay, Some(1)));
             if is_asking {
                 notified();
@@ -629,12 +641,12 @@ mod tests {
         let hold = take(&first, 1);
         let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
         assert!(Arc::ptr_eq(&head, &second.waiter));
-        let handed = head.hold(head.claim(), granted(2), Some(&hold));
+        let handed = head.hold(head.claim(Instant::now()), granted(2), Some(&hold));
         // It gives up at this moment: before it has been handed over, or after.
         second.leave(false);
         assert!(!lines.hand(&head, &handed));
         let Successor::Waiter(head) = lines.successor(&handed) else { panic!("nobody") };
-        let again = head.hold(head.claim(), granted(3), Some(&handed));
+        let again = head.hold(head.claim(Instant::now()), granted(3), Some(&handed));
         assert!(lines.hand(&head, &again));
         assert!(matches!(third.turn(&soon()), Turn::Handed(_)));
         let left = third.leave(false).hold.expect("a hold that was not taken up");
@@ -651,7 +663,7 @@ mod tests {
         assert!(matches!(second.turn(&soon()), Turn::Ask(_)));
         lines.begin_hold(&hold);
         let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
-        let handed = head.hold(head.claim(), granted(2), Some(&hold));
+        let handed = head.hold(head.claim(Instant::now()), granted(2), Some(&hold));
         assert!(lines.hand(&head, &handed));
         assert!(!lines.release_hold(&handed, Instant::now(), false));
         assert!(matches!(third.turn(&soon()), Turn::Ask(_)));
@@ -689,7 +701,7 @@ mod tests {
         assert!(matches!(next.turn(&Patience::Forever), Turn::Ask(_)));
         assert!(start.elapsed() < Duration::from_millis(50), "it waits for {:?}", start.elapsed());
         // Once the lock was seen to be busy, what fails is waiting.
-        next.busy(Some(&Busy { left: Duration::ZERO, ..BUSY }), false, &Patience::Forever);
+        next.busy(Some(&Busy { left: Duration::ZERO, ..BUSY.clone() }), false, &Patience::Forever);
         assert!(matches!(next.turn(&Patience::Forever), Turn::Ask(_)));
         assert!(next.failed(error(), Instant::now(), &Patience::Forever).is_ok());
         // For as long as a lease.
@@ -720,7 +732,13 @@ mod tests {
 
     fn hold(version: i64, left: Duration) -> Arc<Hold> {
         let granted = Granted { left, ..granted(version) };
-        Arc::new(Hold::new(claim(&options(), "o"), granted, &options(), thread::current().id(), granted.sent))
+        Arc::new(Hold::new(
+            claim(&options(), "o", Instant::now()),
+            granted,
+            &options(),
+            thread::current().id(),
+            granted.sent,
+        ))
     }
 
     #[test]
@@ -763,7 +781,7 @@ mod tests {
         let [first, second] = [0, 1].map(|_| lines.join(&options(), "o"));
         let hold = take(&first, 1);
         let Successor::Waiter(head) = lines.successor(&hold) else { panic!("nobody") };
-        let handed = head.hold(head.claim(), granted(2), Some(&hold));
+        let handed = head.hold(head.claim(Instant::now()), granted(2), Some(&hold));
         second.leave(false);
         assert!(!lines.hand(&head, &handed));
         // This is the thread and the owner for which it was meant.

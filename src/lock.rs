@@ -7,7 +7,6 @@ use std::time::Duration;
 use crate::answer::{Busy, LockInformation, Ticket};
 use crate::error::{Error, Result};
 use crate::events::Event;
-use crate::follow_up::Unfinished;
 use crate::guard::LockGuard;
 use crate::hold::Hold;
 use crate::line::{self, Place, Turn};
@@ -130,7 +129,7 @@ impl StorageLock {
             match waiting.place.turn(&patience) {
                 Turn::Handed(hold) => {
                     waiting.has_hold = true;
-                    let guard = self.guard(hold, began, false)?;
+                    let guard = self.guard(hold, began, None)?;
                     if guard.is_held() {
                         return Ok(Some(guard));
                     }
@@ -146,10 +145,10 @@ impl StorageLock {
                 Turn::Ask(turn) => {
                     let asked = Instant::now();
                     match self.attempt(owner_id, Some(self.storage.ticket(turn)), &patience) {
-                        Ok(Attempt::Taken { claim, granted, is_takeover }) => {
+                        Ok(Attempt::Taken { claim, granted, taken_over_from }) => {
                             let hold = waiting.place.waiter().hold(claim, granted, None);
                             waiting.place.took(&hold);
-                            return self.guard(hold, began, is_takeover).map(Some);
+                            return self.guard(hold, began, taken_over_from).map(Some);
                         }
                         Ok(Attempt::Busy(busy)) => {
                             waiting.place.busy(busy.as_ref(), self.storage.is_listening(), &patience);
@@ -172,10 +171,10 @@ impl StorageLock {
     /// Without waiting, and so without standing in line.
     fn acquire_at_once(&self, owner_id: &str, patience: &Patience, began: Instant) -> Result<Option<LockGuard>> {
         match self.attempt(owner_id, None, patience)? {
-            Attempt::Taken { claim, granted, is_takeover } => {
+            Attempt::Taken { claim, granted, taken_over_from } => {
                 let hold = Arc::new(Hold::new(claim, granted, &self.options, thread::current().id(), granted.sent));
                 self.storage.lines().begin_hold(&hold);
-                self.guard(hold, began, is_takeover).map(Some)
+                self.guard(hold, began, taken_over_from).map(Some)
             }
             Attempt::Busy(busy) => {
                 self.tell_busy(owner_id, busy.as_ref());
@@ -186,17 +185,21 @@ impl StorageLock {
 
     fn attempt(&self, owner_id: &str, ticket: Option<Ticket>, patience: &Patience) -> Result<Attempt, Failed> {
         let deadline = patience.attempt_deadline(Instant::now(), self.storage.longest_call(), ticket.is_some());
-        let new_claim = || line::claim(&self.options, owner_id);
+        let new_claim = |deadline| line::claim(&self.options, owner_id, deadline);
         self.storage.acquire(new_claim, ticket, self.options.version_miss_retry_times, deadline)
     }
 
     fn tell_busy(&self, owner_id: &str, busy: Option<&Busy>) {
         let (lock_id, version) = (self.options.lock_id.as_str(), busy.map(|busy| busy.version));
+        if let Some(Busy { owner_id, version, is_free, left, .. }) = busy {
+            let whose = if *is_free { "promised to a waiting process after" } else { "held by" };
+            note!(debug, "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}");
+        }
         self.storage.events().tell(|| Event::Busy { lock_id, owner_id, version });
     }
 
     /// The guard of a hold that was asked for since `began`.
-    fn guard(&self, hold: Arc<Hold>, began: Instant, is_takeover: bool) -> Result<LockGuard> {
+    fn guard(&self, hold: Arc<Hold>, began: Instant, taken_over_from: Option<String>) -> Result<LockGuard> {
         let guard = LockGuard::new(self.storage.clone(), Arc::clone(&hold));
         hold.state().owes_end = true;
         let (lock_id, owner_id, version) = hold.names();
@@ -206,10 +209,13 @@ impl StorageLock {
             owner_id,
             version,
             waited: began.elapsed(),
-            is_takeover,
+            is_takeover: taken_over_from.is_some(),
         });
         // Without a refresh thread there is no hold: the guard is dropped here.
         refresh::start(&self.storage, &hold)?;
+        if let Some(before) = taken_over_from {
+            note!(info, "lock {lock_id:?} was taken over from {before:?}, whose lease had run out");
+        }
         note!(debug, "{owner_id:?} acquired lock {lock_id:?} as version {version}");
         Ok(guard)
     }
@@ -230,7 +236,7 @@ impl Drop for Waiting<'_> {
             drop(LockGuard::new(self.storage.clone(), hold));
         }
         if left.is_queued {
-            self.storage.follow_up(Unfinished::place(self.place.lock_id(), Instant::now()));
+            self.storage.leave_row(self.place.lock_id());
         }
     }
 }

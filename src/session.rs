@@ -49,7 +49,7 @@ pub(crate) struct Session {
     generation: u64,
     is_broken: bool,
     /// What the server's clock said last, and when that was read.
-    clock: Option<(SystemTime, Instant)>,
+    clock: (SystemTime, Instant),
 }
 
 impl Session {
@@ -60,16 +60,13 @@ impl Session {
         route: Arc<Route>,
         generation: u64,
     ) -> Result<Session, postgres::Error> {
-        let (mut backend, mut clock) = (None, None);
-        if with_options {
-            let row = client.query_typed_one(sql::SESSION, &[])?;
-            clock = Some((row.try_get(2)?, Instant::now()));
-            if row.try_get::<_, Option<bool>>(1)? == Some(true) {
-                backend = Some(row.try_get(0)?);
-            } else {
-                route.recognise_pooler("it dropped the start-up options");
-            }
+        let row = client.query_typed_one(sql::SESSION, &[])?;
+        let (is_direct, time) = (row.try_get::<_, Option<bool>>(1)? == Some(true), row.try_get(2)?);
+        if with_options && !is_direct {
+            route.recognise_pooler("it dropped the start-up options");
         }
+        let backend = if with_options && is_direct { Some(row.try_get(0)?) } else { None };
+        let clock = (time, Instant::now());
         Ok(Session { client, backend, statements: HashMap::new(), route, generation, is_broken: false, clock })
     }
 
@@ -127,7 +124,7 @@ impl Session {
     fn try_to_acquire(&mut self, sql: &Sql, claim: &Claim, ticket: Option<Ticket>) -> Result<Acquired, Fault> {
         let (micros, place) = (micros(claim.lease), self.place(&sql.acquire));
         let (waiter, turn) = (ticket.map(|ticket| ticket.waiter), ticket.and_then(|ticket| ticket.turn));
-        let ends = self.claim_ends();
+        let ends = self.end_of(claim);
         let sent = Instant::now();
         let row = self.run(
             &sql.acquire,
@@ -147,7 +144,7 @@ impl Session {
             Ok(row) => row,
         };
         let now = row.try_get(3)?;
-        self.clock = Some((now, Instant::now()));
+        self.clock = (now, Instant::now());
         if !row.try_get::<_, bool>(11)? {
             return Ok(Acquired::TooLate);
         }
@@ -188,7 +185,7 @@ impl Session {
     }
 
     fn try_to_create(&mut self, sql: &Sql, claim: &Claim) -> Result<Acquired, Fault> {
-        let (micros, ends) = (micros(claim.lease), self.claim_ends());
+        let (micros, ends) = (micros(claim.lease), self.end_of(claim));
         let mut transaction =
             self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).read_only(false).start()?;
         let row = transaction.query_typed(&sql.lock_creation, &[(&claim.lock_id, Type::TEXT)])?;
@@ -264,7 +261,7 @@ impl Session {
         next: &Claim,
     ) -> Result<Option<Granted>, Fault> {
         let (micros, place) = (micros(next.lease), self.place(&sql.hand_over));
-        let ends = self.claim_ends();
+        let ends = self.end_of(next);
         let sent = Instant::now();
         let row = self.run(
             &sql.hand_over,
@@ -283,7 +280,7 @@ impl Session {
             Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(None),
             row => row?,
         };
-        self.clock = Some((row.try_get(3)?, Instant::now()));
+        self.clock = (row.try_get(3)?, Instant::now());
         let Some(version) = row.try_get(1)? else { return Ok(None) };
         Ok(Some(Granted { version, sent, left: left(&row, 2, 3)?, is_wanted: row.try_get(4)? }))
     }
@@ -295,15 +292,25 @@ impl Session {
         Ok(())
     }
 
-    /// Until when, by the server's clock, a claim that is sent now may take effect. It is too early by the time for which the answer
-    /// was under way that told us the clock, and nothing if none has.
-    fn claim_ends(&self) -> Option<SystemTime> {
-        let (time, read) = self.clock?;
-        time.checked_add(read.elapsed() + sql::CLAIM_LIFE)
+    /// Whether no acquire of a lock is about to commit.
+    pub(crate) fn is_settled(&mut self, sql: &Sql, lock_id: &str) -> Result<bool, Fault> {
+        Ok(self.client.query_typed_one(&sql.is_settled, &[(&lock_id, Type::TEXT)])?.try_get(0)?)
+    }
+
+    /// Until when, by the server's clock, a claim may take effect. That is too early by the time for which the answer was under way
+    /// that told us the clock.
+    fn end_of(&self, claim: &Claim) -> SystemTime {
+        let (time, read) = self.clock;
+        let end = time.checked_add(claim.expires.saturating_duration_since(read)).unwrap_or(time);
+        end.checked_sub(read.saturating_duration_since(claim.expires)).unwrap_or(end)
     }
 
     /// From now on notifications for this waiter come to this session.
+    /// Not where the backend will be another client's.
     pub(crate) fn listen(&mut self, waiter: Uuid) -> Result<(), postgres::Error> {
+        if !self.is_direct() {
+            return Ok(());
+        }
         self.client.batch_execute(&sql::listen(waiter))
     }
 
@@ -361,10 +368,17 @@ impl Session {
 
     /// Runs a statement that returns one row, whose first column says whether the statement was in its place.
     fn run(&mut self, prepared: &Prepared, parameters: &[Parameter<'_>]) -> Result<Row, Fault> {
-        if self.backend.is_none() {
-            return Ok(self.client.query_typed_one(&prepared.text, parameters)?);
+        let result = match self.backend {
+            Some(_) => self.run_prepared(prepared, parameters),
+            None => self.client.query_typed_one(&prepared.text, parameters),
+        };
+        if result.as_ref().err().is_some_and(|error| error.code() == Some(&SqlState::PROGRAM_LIMIT_EXCEEDED)) {
+            // The queue of notifications is full, of which somebody reads none. Nothing depends on them.
+            return Ok(self.client.query_typed_one(&prepared.silent, parameters)?);
         }
-        let result = self.run_prepared(prepared, parameters);
+        if self.backend.is_none() {
+            return Ok(result?);
+        }
         match &result {
             Err(error) if error.code().is_some_and(|code| NOT_OUR_STATEMENT.contains(code)) => {
                 self.route.recognise_pooler("a prepared statement was not there");

@@ -57,8 +57,9 @@ pub(crate) const STEP: Duration = Duration::from_millis(10);
 pub(crate) const LONGEST_STEPS: Duration = Duration::from_secs(1);
 /// How many processes may stand in a row. Others look from time to time.
 pub(crate) const MAX_WAITERS: u32 = 1_000;
-/// For how long the statement of a claim may take effect, from when it was sent: longer than any caller waits for an attempt.
-pub(crate) const CLAIM_LIFE: Duration = Duration::from_secs(30);
+/// For how long the statement of a claim may take effect after its caller's time is over. The server's clock, by which that is
+/// judged, is known only as of the last answer.
+pub(crate) const CLAIM_LIFE: Duration = Duration::from_secs(20);
 
 /// The columns, their types as `format_type` names them, and whether they are `NOT NULL`.
 pub(crate) const COLUMNS: [(&str, &str, bool); 8] = [
@@ -77,7 +78,10 @@ const DURABLE: &str = "(current_setting('synchronous_commit') <> 'off' \
                        OR set_config('synchronous_commit', 'on', true) IS NOT NULL)";
 
 /// Whether a claim's statement still may take effect.
-const IS_IN_TIME: &str = "($8::timestamptz IS NULL OR clock_timestamp() <= $8)";
+const IS_IN_TIME: &str = "(clock_timestamp() <= $8)";
+
+/// A row that somebody keeps locked is not waited for in the server, where that takes a connection from others: it is asked for again.
+const SHORT_WAIT: &str = "set_config('lock_timeout', '250', true) IS NOT NULL";
 
 /// Makes a commit return before it is on the disk.
 const NOT_DURABLE: &str = "set_config('synchronous_commit', 'off', true) IS NOT NULL";
@@ -87,7 +91,7 @@ const NOT_DURABLE: &str = "set_config('synchronous_commit', 'off', true) IS NOT 
 /// compilation of tiny statements, functions that nobody can shadow, and no statement that outlives its caller for long. A
 /// lock that isn't granted is to be told from a statement that took too long: its limit comes first.
 pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
-     -c enable_seqscan=off -c plan_cache_mode=force_generic_plan -c jit=off -c search_path=pg_catalog \
+     -c quote_all_identifiers=off -c enable_seqscan=off -c plan_cache_mode=force_generic_plan -c jit=off -c search_path=pg_catalog \
      -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
      -c statement_timeout=5000 -c lock_timeout=4000 -c idle_in_transaction_session_timeout=5000";
 
@@ -127,6 +131,7 @@ pub(crate) struct Sql {
     pub(crate) acquire: Prepared,
     pub(crate) lock_creation: String,
     pub(crate) create: String,
+    pub(crate) is_settled: String,
     pub(crate) refresh: Prepared,
     pub(crate) release: Prepared,
     pub(crate) hand_over: Prepared,
@@ -144,6 +149,8 @@ pub(crate) struct Sql {
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) text: String,
+    /// The same without notifications, where the server takes no more of them.
+    pub(crate) silent: String,
     /// What the statement is, and for which table. Its last parameter has to say this, after the number of the backend.
     pub(crate) name: String,
 }
@@ -153,7 +160,10 @@ impl Prepared {
     fn new(operation: &str, table: &str, parameter: &str, text: impl FnOnce(&str) -> String) -> Prepared {
         let name = format!("{operation} {table}");
         let place = format!("pg_backend_pid() || {}", literal(&format!(" {name}")));
-        Prepared { text: text(&format!("coalesce({parameter}::text, {place}) = {place}")), name }
+        let text = text(&format!("coalesce({parameter}::text, {place}) = {place}"));
+        // Something that is counted as well.
+        let silent = text.replace("pg_catalog.pg_notify(", "pg_catalog.concat(");
+        Prepared { text, silent, name }
     }
 }
 
@@ -226,7 +236,7 @@ impl Sql {
                      lock_begin_time   timestamptz      NOT NULL,\n    \
                      lease_expire_time timestamptz      NOT NULL,\n    \
                      released_at       timestamptz,\n    \
-                     waiters           uuid[],\n    \
+                     waiters           uuid[]           CHECK (array_ndims(waiters) = 1 AND array_lower(waiters, 1) = 1),\n    \
                      PRIMARY KEY (lock_id, version)\n\
                  ) WITH (fillfactor = 70)"
             ),
@@ -293,11 +303,18 @@ FROM (VALUES (1)) AS one LEFT JOIN seen ON true LEFT JOIN taken ON true",
        set_config('idle_in_transaction_session_timeout', '5000', true), {DURABLE}",
                 literal = literal(&table),
             ),
+            // $1 lock. Whether no acquire of it is about to commit: that has its row, or, of a first hold, its advisory lock.
+            is_settled: format!(
+                "SELECT EXISTS (SELECT FROM {table} WHERE lock_id = $1 AND version = ({newest}) FOR KEY SHARE SKIP LOCKED)
+    OR NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1)
+       AND pg_try_advisory_xact_lock(hashtextextended($1, {literal}::regclass::oid::bigint))",
+                literal = literal(&table),
+            ),
             // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 until when it may take effect.
             create: format!(
                 "INSERT INTO {table} (lock_id, version, owner_id, lease_id, lock_begin_time, lease_expire_time)
 SELECT $1, 1, $2, $3, clock_timestamp(), {lease}
-WHERE NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1) AND ($5::timestamptz IS NULL OR clock_timestamp() <= $5)
+WHERE NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1) AND clock_timestamp() <= $5
 RETURNING version, lease_expire_time, clock_timestamp()",
                 lease = lease_from_now("$4"),
             ),
@@ -307,7 +324,7 @@ RETURNING version, lease_expire_time, clock_timestamp()",
                     "WITH refreshed AS (
     UPDATE {table} SET lease_expire_time = {lease}
     WHERE lock_id = $1 AND version = $2 AND lease_id = $3 AND released_at IS NULL
-      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE}
+      AND lease_expire_time > clock_timestamp() AND {here} AND {DURABLE} AND {SHORT_WAIT}
     RETURNING waiters
 )
 SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHERE waiters IS NOT NULL)",
@@ -325,6 +342,7 @@ SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHE
                        WHEN $6 THEN array_append(array_remove(waiters, $5), $5)
                        ELSE array_remove(waiters, $5) END
     WHERE lock_id = $1 AND version = coalesce($2, ({newest})) AND lease_id = $3 AND {here} AND {NOT_DURABLE}
+      AND {SHORT_WAIT}
     RETURNING version, waiters
 )
 SELECT {here}, (SELECT coalesce(cardinality(waiters), 0) FROM released), {told}",
@@ -361,6 +379,7 @@ FROM (VALUES (1)) AS one LEFT JOIN moved ON true",
                     "WITH gone AS (
     UPDATE {table} SET waiters = nullif(array_remove(waiters, $2), '{{}}')
     WHERE lock_id = $1 AND version >= ({newest}) AND $2 = ANY (waiters) AND {here} AND {NOT_DURABLE}
+      AND {SHORT_WAIT}
     RETURNING version, waiters, lease_expire_time, released_at
 ), free AS MATERIALIZED (
     SELECT version, waiters FROM gone WHERE {is_free}

@@ -10,7 +10,7 @@ use crate::answer::{Acquired, Busy, Claim, Fault, Found, Granted, LockInformatio
 use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::follow_up::{FollowUps, Outcome, Unfinished, UnknownClaim};
+use crate::follow_up::{FollowUps, Outcome, Unfinished, Work};
 use crate::hold::Hold;
 use crate::line::{Lines, Successor, Waiter};
 use crate::listener::Listener;
@@ -68,8 +68,8 @@ pub(crate) enum Attempt {
     Taken {
         claim: Claim,
         granted: Granted,
-        /// From a holder whose lease had run out.
-        is_takeover: bool,
+        /// The holder whose lease had run out.
+        taken_over_from: Option<String>,
     },
     /// With what is known of it.
     Busy(Option<Busy>),
@@ -286,7 +286,7 @@ impl PostgresStorage {
     /// once: where nobody knows what came of one, it is released, the next try makes another one, and the first is followed up.
     pub(crate) fn acquire(
         &self,
-        new_claim: impl Fn() -> Claim,
+        new_claim: impl Fn(Instant) -> Claim,
         ticket: Option<Ticket>,
         misses: u32,
         deadline: Instant,
@@ -294,14 +294,17 @@ impl PostgresStorage {
         let mut unknown: Vec<Claim> = Vec::new();
         let mut tries = 1..=MAX_TRIES;
         loop {
-            let claim = new_claim();
+            let claim = new_claim(deadline);
             let is_last = tries.next().is_none_or(|tried| tried == MAX_TRIES);
             let failed = match self.acquire_once(&claim, &unknown, ticket, misses, deadline) {
                 Err(failed) => failed,
                 attempt => return attempt,
             };
             if failed.is_unknown {
-                self.follow_up(Unfinished::acquire(claim.clone(), ticket.is_some(), Instant::now()));
+                if ticket.is_some() {
+                    self.follow_up(Unfinished::place(&claim.lock_id, claim.expires, Instant::now()));
+                }
+                self.follow_up(Unfinished::acquire(claim.clone(), Instant::now()));
                 unknown.push(claim);
             }
             if !failed.is_connection_fault || is_last || Instant::now() >= deadline {
@@ -326,11 +329,12 @@ impl PostgresStorage {
             }
             acquire_on(session, &sql, &owned, ticket, misses, deadline)
         };
-        let (storage, sql, lock_id) = (self.clone(), Arc::clone(&self.inner.sql), claim.lock_id.clone());
-        let late = move |session: &mut Session, attempt| match attempt {
-            Attempt::Taken { claim, granted, .. } => storage.undo(session, &sql, claim, granted),
-            Attempt::Busy(_) if ticket.is_some() => storage.follow_up(Unfinished::place(&lock_id, Instant::now())),
-            Attempt::Busy(_) => {}
+        let (storage, sql) = (self.clone(), Arc::clone(&self.inner.sql));
+        // A place in the row is followed up by whoever gave up.
+        let late = move |session: &mut Session, attempt| {
+            if let Attempt::Taken { claim, granted, .. } = attempt {
+                storage.undo(session, &sql, claim, granted);
+            }
         };
         let describe = claim.lock_id.clone();
         let action = move || format!("acquire lock {describe:?}");
@@ -360,13 +364,26 @@ impl PostgresStorage {
 
     /// Whether a hold is there, as the database says within [`RELEASE_TIME`] to a refresh; none if it says nothing.
     pub(crate) fn look_for(&self, hold: &Hold) -> Option<bool> {
-        let (sql, claim, version) = (Arc::clone(&self.inner.sql), hold.claim.clone(), hold.version);
-        let describe = hold.claim.lock_id.clone();
-        let action = move || format!("look for lock {describe:?}");
-        let call = move |session: &mut Session| session.refresh(&sql, &claim, version);
         let deadline = Instant::now() + RELEASE_TIME;
-        let found = self.inner.workers.call(Urgency::Urgent, deadline, MAX_TRIES, action, call, |_, _| ());
-        found.ok().map(|is_wanted| is_wanted.is_some())
+        let mut failures = 0;
+        loop {
+            let (sql, claim, version) = (Arc::clone(&self.inner.sql), hold.claim.clone(), hold.version);
+            let describe = hold.claim.lock_id.clone();
+            let action = move || format!("look for lock {describe:?}");
+            let call = move |session: &mut Session| session.refresh(&sql, &claim, version);
+            match self.inner.workers.call(Urgency::Urgent, deadline, MAX_TRIES, action, call, |_, _| ()) {
+                Ok(is_wanted) => return Some(is_wanted.is_some()),
+                // Somebody's transaction has the row, perhaps one that is about to end.
+                Err(failed) => {
+                    failures += 1;
+                    let pause = backoff(failures);
+                    if !failed.error.is_transient() || Instant::now() + pause >= deadline {
+                        return None;
+                    }
+                    thread::sleep(pause);
+                }
+            }
+        }
     }
 
     /// What a call took, but too late for its caller.
@@ -402,7 +419,7 @@ impl PostgresStorage {
         let before = result.as_ref().map_or(0, |waiters| if waits_again { waiters.saturating_sub(1) } else { 0 });
         let pause = if before > 0 { GRACE + STEP * (before - 1) } else { Duration::ZERO };
         if self.lines().release_hold(hold, Instant::now() + pause, before > 0) {
-            self.follow_up(Unfinished::place(&hold.claim.lock_id, Instant::now()));
+            self.leave_row(&hold.claim.lock_id);
         } else if before > 0 {
             self.listen();
         }
@@ -413,7 +430,7 @@ impl PostgresStorage {
     fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<bool> {
         let now = Instant::now();
         let half = now + deadline.saturating_duration_since(now) / 2;
-        let claim = next.claim();
+        let claim = next.claim(half);
         let (sql, before, owned) = (Arc::clone(&self.inner.sql), Arc::clone(hold), claim.clone());
         let call = move |session: &mut Session| session.hand_over(&sql, &before.claim, before.version, &owned);
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
@@ -429,7 +446,7 @@ impl PostgresStorage {
             Ok(None) => return Ok(false),
             Err(failed) => {
                 if failed.is_unknown {
-                    self.follow_up(Unfinished::acquire(claim, false, Instant::now()));
+                    self.follow_up(Unfinished::acquire(claim, Instant::now()));
                 }
                 return Err(failed.error);
             }
@@ -488,6 +505,12 @@ impl PostgresStorage {
         Ok(self.inner.workers.call(urgency, deadline, MAX_TRIES, action, call, |_, _| ())?)
     }
 
+    /// Takes this process out of the row of a lock, in the background.
+    pub(crate) fn leave_row(&self, lock_id: &str) {
+        let now = Instant::now();
+        self.follow_up(Unfinished::place(lock_id, now, now));
+    }
+
     /// Takes this process out of the row of a lock, unless somebody of it waits for it again.
     fn withdraw(&self, lock_id: &str) -> Result<()> {
         if self.lines().takes_place_over(lock_id) {
@@ -497,7 +520,7 @@ impl PostgresStorage {
         let (described, owned) = (lock_id.to_owned(), lock_id.to_owned());
         let action = move || format!("leave the row of lock {described:?}");
         let call = move |session: &mut Session| session.withdraw(&sql, &owned, waiter);
-        let deadline = Instant::now() + ANSWER_TIME;
+        let deadline = Instant::now() + RELEASE_TIME;
         let result = self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ());
         // Somebody may have come meanwhile.
         self.lines().withdrawn(lock_id);
@@ -511,26 +534,36 @@ impl PostgresStorage {
         }
         let storage = self.clone();
         let run = move || {
-            storage.inner.follow_ups.run(|unfinished| {
-                let deadline = Instant::now() + RELEASE_TIME;
-                let left = if unfinished.may_wait { storage.withdraw(&unfinished.lock_id) } else { Ok(()) };
-                let released = unfinished.claim.clone().map_or(Ok(None), |UnknownClaim { claim, version }| {
-                    let release = Release { claim, version, waiter: None, waits_again: false };
-                    storage.run_release(Urgency::Ordinary, deadline, &release).map(|(waiters, _)| waiters)
-                });
-                match left.and(released) {
-                    Ok(Some(_)) => Outcome::Released,
-                    Ok(None) => Outcome::NotThere,
-                    // A role that may not log in now may do so again.
-                    Err(error) if error.is_transient() || matches!(error, Error::Connect { .. }) => Outcome::Failed,
-                    Err(_) => Outcome::Refused,
-                }
-            });
+            storage.inner.follow_ups.run(|work| storage.try_to_undo(work));
         };
         if let Err(error) = thread::Builder::new().name("lock-follow-up".to_owned()).spawn(run) {
             self.inner.follow_ups.give_up();
             note!(debug, "cannot start a thread: {error}");
         }
+    }
+
+    fn try_to_undo(&self, work: &Work) -> Outcome {
+        let (claim, version) = match work {
+            Work::Place { lock_id, .. } => {
+                return self.withdraw(lock_id).map_or(Outcome::Failed, |()| Outcome::NotThere);
+            }
+            Work::Hold { claim, version } => (claim, Some(*version)),
+            Work::Acquire { claim } => (claim, None),
+        };
+        let (sql, claim) = (Arc::clone(&self.inner.sql), claim.clone());
+        let describe = claim.lock_id.clone();
+        let call = move |session: &mut Session| {
+            if session.release(&sql, &claim, version, None, false)?.is_some() {
+                return Ok(Outcome::Undone);
+            }
+            // One that is about to commit has not been seen by the release.
+            let is_settled = version.is_some() || session.is_settled(&sql, &claim.lock_id)?;
+            Ok(if is_settled { Outcome::NotThere } else { Outcome::Failed })
+        };
+        let action = move || format!("release lock {describe:?}");
+        let deadline = Instant::now() + RELEASE_TIME;
+        let outcome = self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ());
+        outcome.unwrap_or(Outcome::Failed)
     }
 }
 
@@ -551,23 +584,14 @@ fn acquire_on(
         };
         match outcome {
             Acquired::Taken { granted, taken_over_from } => {
-                let is_takeover = taken_over_from.is_some();
-                if let Some(before) = taken_over_from {
-                    note!(info, "lock {:?} was taken over from {before:?}, whose lease had run out", claim.lock_id);
-                }
                 if Term::new(granted.sent, granted.left, claim.lease).is_held(Instant::now()) {
-                    return Ok(Attempt::Taken { claim: claim.clone(), granted, is_takeover });
+                    return Ok(Attempt::Taken { claim: claim.clone(), granted, taken_over_from });
                 }
                 // The answer took longer than the lease: nothing to trust.
                 session.release(sql, claim, Some(granted.version), None, false)?;
                 return Ok(Attempt::Busy(None));
             }
-            Acquired::Busy { busy, owner_id } => {
-                let whose = if busy.is_free { "promised to a waiting process after" } else { "held by" };
-                let (lock_id, Busy { version, left, .. }) = (&claim.lock_id, busy);
-                note!(debug, "lock {lock_id:?} is busy: {whose} {owner_id:?} as version {version}, for {left:?}");
-                return Ok(Attempt::Busy(Some(busy)));
-            }
+            Acquired::Busy(busy) => return Ok(Attempt::Busy(Some(busy))),
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
             Acquired::Missed | Acquired::Absent | Acquired::Locked | Acquired::TooLate => {
                 return Ok(Attempt::Busy(None));

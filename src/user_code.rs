@@ -12,8 +12,10 @@ pub(crate) fn call<T>(user_code: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(user_code)) {
         Ok(value) => Some(value),
         Err(payload) => {
-            // What it panicked with is the user's too, and may panic when it is dropped.
-            std::mem::forget(payload);
+            // What it panicked with is the user's too, and may panic when it is dropped; and so on, which ends here.
+            if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+                std::mem::forget(another);
+            }
             None
         }
     }

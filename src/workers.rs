@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::session::Session;
 use crate::stragglers::Stragglers;
 use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
+use crate::user_code;
 
 /// A worker without work ends after this, and closes its connection.
 const IDLE_TIME: Duration = Duration::from_secs(60);
@@ -185,7 +186,7 @@ impl Workers {
                 Ok(_) if !reply.start() && tries == 0 => return Next::Done,
                 Ok(session) => {
                     tries += 1;
-                    match call(session) {
+                    match contained(&mut call, session) {
                         Ok(value) => Ok((session, value)),
                         Err(fault) => {
                             is_unknown |= fault.is_outcome_unknown();
@@ -245,7 +246,7 @@ impl Workers {
             if !is_wanted() {
                 return Next::Done;
             }
-            done(session.and_then(|session| match call(session) {
+            done(session.and_then(|session| match contained(&mut call, session) {
                 Ok(value) => Ok(value),
                 Err(fault) => {
                     if fault.is_connection_fault() {
@@ -432,6 +433,11 @@ impl Drop for Worker {
     }
 }
 
+/// The driver logs while it makes a call, and the logger is the user's.
+fn contained<T>(call: &mut impl FnMut(&mut Session) -> Result<T, Fault>, session: &mut Session) -> Result<T, Fault> {
+    user_code::call(|| call(session)).unwrap_or(Err(Fault::Panicked))
+}
+
 impl Fault {
     fn into_error(self, action: impl Fn() -> String) -> Error {
         match self {
@@ -440,6 +446,7 @@ impl Fault {
             Fault::Pooled => {
                 Error::Timeout { action: action(), waiting_for: "a session of our own", after: Duration::ZERO }
             }
+            Fault::Panicked => Error::Thread { source: std::io::Error::other("the logger panicked within a call") },
         }
     }
 }

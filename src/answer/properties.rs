@@ -86,7 +86,13 @@ struct Process {
 
 pub(crate) fn new_claim() -> Claim {
     let lease_id = Uuid::new_v4();
-    Claim { lock_id: "l".to_owned(), owner_id: lease_id.to_string(), lease_id, lease: LEASE }
+    Claim {
+        lock_id: "l".to_owned(),
+        owner_id: lease_id.to_string(),
+        lease_id,
+        lease: LEASE,
+        expires: Instant::now() + LEASE,
+    }
 }
 
 proptest! {
@@ -99,7 +105,7 @@ proptest! {
                 prop_assert_eq!(Some(granted.version), row.taken);
                 prop_assert_eq!(taken_over_from.is_none(), row.is_released);
             }
-            Acquired::Busy { busy, .. } => {
+            Acquired::Busy(busy) => {
                 prop_assert!(row.taken.is_none() && !row.may_take);
                 prop_assert_eq!((busy.version, busy.is_free, busy.place), (row.version, row.is_free, row.place));
                 // A waiter isn't left to itself where there is room in the row.
@@ -114,7 +120,7 @@ proptest! {
     fn a_waiter_never_sleeps_for_long_and_never_longer_than_what_it_waits_for(
         row in rows(), fraction in 0.75..=1.0_f64,
     ) {
-        let Acquired::Busy { busy, .. } = row.meaning(Instant::now()) else { return Ok(()) };
+        let Acquired::Busy(busy) = row.meaning(Instant::now()) else { return Ok(()) };
         let sleep = busy.sleep(fraction);
         prop_assert!(sleep <= longest_sleep(busy.waiters));
         prop_assert!(busy.waiters > 50 || sleep <= Duration::from_secs(5));
@@ -163,7 +169,7 @@ proptest! {
                             let term = Term::new(granted.sent, granted.left, LEASE);
                             process.hold = Some((claim, granted.version, term));
                         }
-                        Acquired::Busy { busy, .. } => {
+                        Acquired::Busy(busy) => {
                             prop_assert_eq!(busy.version, row.version);
                             prop_assert_eq!(busy.place.is_some(), waits && row.waiters.contains(&process.waiter));
                             process.turn = busy.turn();

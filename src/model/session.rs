@@ -317,6 +317,10 @@ impl Session {
         })
     }
 
+    pub(crate) fn is_settled(&mut self, _: &Sql, _: &str) -> Result<bool, Fault> {
+        Ok(server(|server| !server.is_row_locked))
+    }
+
     pub(crate) fn is_direct(&self) -> bool {
         server(|server| !server.weather.is_deaf)
     }

@@ -19,7 +19,7 @@ fn gist(answer: &Acquired) -> (&'static str, i64, Option<&str>, bool, bool) {
         Acquired::Taken { granted, taken_over_from } => {
             ("taken", granted.version, taken_over_from.as_deref(), granted.is_wanted, false)
         }
-        Acquired::Busy { busy: Busy { version, is_free, has_notified, place, waiters, .. }, owner_id } => {
+        Acquired::Busy(Busy { version, owner_id, is_free, has_notified, place, waiters, .. }) => {
             let standing = place.map_or(-1, i64::from) * 10_000 + i64::from(*waiters);
             ("busy", version * 1_000_000 + standing, Some(owner_id), *is_free, *has_notified)
         }
@@ -65,7 +65,7 @@ impl Server {
     fn compare(&mut self, steps: &[Step]) {
         let now = Instant::now();
         let lock_id = Uuid::new_v4().to_string();
-        let claim = || Claim { lock_id: lock_id.clone(), lease: FAR, ..new_claim() };
+        let claim = || Claim { lock_id: lock_id.clone(), lease: FAR, expires: now + FAR, ..new_claim() };
         let (waiters, mut turns) = ([0, 1, 2].map(|_| Uuid::new_v4()), [None; 3]);
         let first = claim();
         let mut row = toy::Row::create(&first, now);
@@ -88,7 +88,7 @@ impl Server {
                     turns[who] = None;
                     match said {
                         Acquired::Taken { granted, .. } => held[who] = Some((claim, granted.version)),
-                        Acquired::Busy { busy, .. } => turns[who] = busy.turn(),
+                        Acquired::Busy(busy) => turns[who] = busy.turn(),
                         _ => {}
                     }
                 }

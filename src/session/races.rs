@@ -51,7 +51,13 @@ pub(super) fn session() -> Session {
 }
 
 fn claim(lock_id: &str, lease: Duration) -> Claim {
-    Claim { lock_id: lock_id.to_owned(), owner_id: "owner".to_owned(), lease_id: Uuid::new_v4(), lease }
+    Claim {
+        lock_id: lock_id.to_owned(),
+        owner_id: "owner".to_owned(),
+        lease_id: Uuid::new_v4(),
+        lease,
+        expires: Instant::now() + LONG,
+    }
 }
 
 /// Where two threads meet again and again. Unlike at a `Barrier`, one whose partner has panicked doesn't wait for ever.
@@ -326,7 +332,7 @@ fn a_contender_judges_a_lease_by_the_row_each_time() {
     while begin.elapsed() < 2 * lease {
         for lease in [LONG, Duration::from_millis(1)] {
             let acquired = contender.acquire(&table.sql, &claim("l", lease), None).unwrap();
-            assert!(matches!(acquired, Acquired::Busy { .. }), "{acquired:?} after {:?}", begin.elapsed());
+            assert!(matches!(acquired, Acquired::Busy(_)), "{acquired:?} after {:?}", begin.elapsed());
         }
         assert!(holder.refresh(&table.sql, &mine, version).unwrap().is_some());
         thread::sleep(Duration::from_millis(20));
@@ -451,11 +457,11 @@ fn a_release_and_a_busy_acquire_at_once_never_miss_each_other() {
             delay(round % 13);
             let acquired = waiting.acquire(&table.sql, &claim(&claims[round].lock_id, LONG), ticket(waiter)).unwrap();
             match acquired {
-                Acquired::Busy { busy, .. } => assert_eq!(busy.place, Some(1)),
+                Acquired::Busy(ref busy) => assert_eq!(busy.place, Some(1)),
                 Acquired::Taken { .. } | Acquired::Missed => {}
-                acquired => panic!("{acquired:?}: it is there, and nobody keeps it"),
+                ref acquired => panic!("{acquired:?}: it is there, and nobody keeps it"),
             }
-            matches!(acquired, Acquired::Busy { .. })
+            matches!(acquired, Acquired::Busy(_))
         },
     );
     let waits = outcomes.iter().filter(|(_, waits)| *waits).count();
@@ -488,7 +494,7 @@ fn who_registers_while_the_lock_is_released_hears_that_it_is_free() {
             acquiring.join().unwrap().unwrap()
         });
         match acquired {
-            Acquired::Busy { busy, .. } => Some(busy),
+            Acquired::Busy(busy) => Some(busy),
             Acquired::Locked => None,
             acquired => panic!("{acquired:?}: it is there, and promised to another one"),
         }
@@ -538,12 +544,12 @@ fn whoever_stands_in_the_row_stays_there_while_the_lock_is_handed_over() {
             let acquired = waiting.acquire(&table.sql, &claim("l", LONG), ticket(waiter)).unwrap();
             // On a busy machine the row may stay locked for longer than a registration waits.
             let is_asked_again = matches!(acquired, Acquired::Missed | Acquired::Locked);
-            let is_queued = matches!(&acquired, Acquired::Busy { busy, .. } if busy.place == Some(1));
+            let is_queued = matches!(&acquired, Acquired::Busy(busy) if busy.place == Some(1));
             assert!(is_asked_again || is_queued, "{acquired:?}");
             let is_there = table.count(&format!("'{waiter}' = ANY (waiters)")) == 1;
             waiting.withdraw(&table.sql, "l", waiter).unwrap();
             assert_eq!(table.count(&format!("'{waiter}' = ANY (waiters)")), 0);
-            (matches!(acquired, Acquired::Busy { .. }), is_there)
+            (matches!(acquired, Acquired::Busy(_)), is_there)
         },
     ) {
         missed += usize::from(!handed);
@@ -593,7 +599,7 @@ fn a_hand_over_to_a_shorter_lease_notifies_who_waits() {
     for waiter in waiters {
         ear.batch_execute(&sql::listen(waiter)).unwrap();
         let acquired = session.acquire(&table.sql, &claim("l", LONG), ticket(waiter)).unwrap();
-        assert!(matches!(acquired, Acquired::Busy { .. }));
+        assert!(matches!(acquired, Acquired::Busy(_)));
     }
     session.hand_over(&table.sql, &mine, 1, &longer).unwrap().expect("held");
     assert!(heard(&mut ear).is_empty(), "it is looked at in time");
@@ -620,7 +626,7 @@ fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
         .unwrap()
     {
         Acquired::Taken { granted, .. } => Ok((granted.version, granted.is_wanted)),
-        Acquired::Busy { busy, .. } => Err(busy),
+        Acquired::Busy(busy) => Err(busy),
         acquired => panic!("{acquired:?}"),
     };
     for (waiter, place) in [(first, 1), (second, 2), (first, 1), (third, 3)] {
@@ -683,9 +689,8 @@ fn what_comes_after_a_claims_time_takes_nothing_and_stands_nowhere() {
     let mut session = session();
     let mine = claim("l", LONG);
     let version = take(&mut session, &table.sql, &mine).unwrap().version;
-    let late = |session: &mut Session| {
-        session.clock = session.clock.map(|(time, read)| (time - 2 * sql::CLAIM_LIFE, read));
-    };
+    // As far as it knows, before it has heard of the time.
+    let late = |session: &mut Session| session.clock.0 -= 2 * LONG;
     late(&mut session);
     assert!(session.hand_over(&table.sql, &mine, version, &claim("l", LONG)).unwrap().is_none());
     // It has heard of the time by then.
