@@ -153,3 +153,28 @@ fn a_role_without_create_uses_a_table_that_is_there_and_cannot_make_one() {
     table.execute(&format!("REVOKE ALL ON $T FROM {role}"));
     table.execute(&format!("DROP ROLE {role}"));
 }
+
+/// The statements count places from 1, in one dimension.
+#[test]
+fn waiters_that_no_statement_would_find_are_refused() {
+    let table = Table::new();
+    drop(table.lock("l").lock("worker").unwrap());
+    let set = |waiters: &str| {
+        let sql = format!("UPDATE {} SET waiters = {waiters}", table.name);
+        table.client().batch_execute(&sql)
+    };
+    let id = "gen_random_uuid()";
+    for waiters in [
+        format!("ARRAY[[{id}, {id}]]"),
+        format!("ARRAY[[{id}], [{id}]]"),
+        format!("array_fill({id}, ARRAY[2], ARRAY[0])"),
+        format!("array_fill({id}, ARRAY[2], ARRAY[5])"),
+        format!("array_fill({id}, ARRAY[1, 1])"),
+    ] {
+        let error = set(&waiters).expect_err(&waiters);
+        assert_eq!(error.code(), Some(&postgres::error::SqlState::CHECK_VIOLATION), "{waiters}: {error:?}");
+    }
+    for waiters in ["NULL".to_owned(), format!("ARRAY[{id}, NULL, {id}]"), format!("array_fill({id}, ARRAY[3])")] {
+        set(&waiters).expect(&waiters);
+    }
+}
