@@ -391,8 +391,11 @@ impl Place<'_> {
                 }
                 wake = wake.min(since + lease);
             }
-            // Once more after the end, and then no more, whatever is told.
-            let may_ask = !(patience.is_over(now) && self.asked.get().is_some_and(|asked| patience.is_over(asked)));
+            // Once more after the end, if there is time for it, and then no more, whatever is told.
+            let end = patience.end(now);
+            let late = end.checked_add(SLACK).unwrap_or(end);
+            let may_ask = !(patience.is_over(now)
+                && self.asked.get().is_some_and(|asked| patience.is_over(asked) || now >= late));
             if self.is_head(line) && may_ask {
                 match line.hold.as_ref().filter(|hold| hold.is_held()) {
                     Some(hold) => wake = wake.min(now + hold.remaining()),
@@ -407,7 +410,6 @@ impl Place<'_> {
             }
             if patience.is_over(now) {
                 // Where nobody has had an answer yet, nobody knows that the lock is busy. It may be just coming.
-                let late = patience.end(now) + SLACK;
                 if line.is_busy || now >= late || line.asking.is_none() {
                     let waited = now.duration_since(self.waiter.joined);
                     return Turn::Over(unreachable.or((!line.is_busy).then_some(waited)));
