@@ -454,8 +454,8 @@ fn panic_within_the_driver(table: &Table) {
     }
     guard.unlock().unwrap();
     IS_DUE.store(true, Ordering::SeqCst);
-    let error = takes_at_most(ms(4_000), "a call", || lock.info()).unwrap_err();
-    assert!(chain(&error).contains("panicked"), "{}", chain(&error));
+    // It is made again on another connection.
+    takes_at_most(ms(4_000), "a call", || lock.info()).unwrap();
     assert!(!lock.info().unwrap().unwrap().is_held);
     say("as expected");
 }

@@ -211,9 +211,9 @@ fn a_logger_that_panics_at_every_line_loses_no_hold_and_keeps_no_call_from_comin
     assert!(child.wait().success());
 }
 
-/// The driver's lines come from the middle of a call.
+/// The driver's lines come from the middle of a call, which is made again, and of opening a connection. What it panics with panics too.
 #[test]
-fn a_logger_that_panics_at_a_line_of_the_driver_costs_that_call_and_no_hold() {
+fn a_logger_that_panics_at_a_line_of_the_driver_costs_no_call_and_no_hold() {
     let table = Table::new();
     let mut child = Process::start_with_stderr("panic within the driver", &table, &[], Stdio::null());
     assert_eq!(child.expect_line(), "as expected");
