@@ -108,7 +108,7 @@ pub(crate) const INSPECT: &str = "\
 SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1), table_.kind, table_.persistence, table_.columns, table_.key, table_.hides
 FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
     SELECT c.relkind::text AS kind, c.relpersistence::text AS persistence,
-        ARRAY(SELECT a.attname || ' ' || format_type(a.atttypid, a.atttypmod)
+        ARRAY(SELECT a.attname || ' ' || replace(format_type(a.atttypid, a.atttypmod), '\"', '')
                      || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
                      || CASE WHEN a.attname = 'lock_id' AND a.attcollation <> 950
                              THEN ' of another collation' ELSE '' END
