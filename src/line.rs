@@ -601,6 +601,33 @@ mod tests {
         }
     }
 
+    /// Each makes it look, and notify those before it again.
+    #[test]
+    fn a_flood_of_notifications_does_not_put_a_turn_off() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        let busy = Busy { is_free: true, has_notified: true, place: Some(2), waiters: 2, ..BUSY.clone() };
+        let start = Instant::now();
+        loop {
+            match place.turn(&Patience::Until(start + LONG)) {
+                Turn::Ask(Some(version)) => {
+                    assert_eq!(version, busy.version);
+                    break;
+                }
+                Turn::Ask(None) => place.busy(Some(&busy), true, &Patience::Forever),
+                _ => panic!("it doesn't ask"),
+            }
+            lines.notified("l", Duration::ZERO, None);
+            assert!(start.elapsed() < LONG / 10, "its turn doesn't come");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // That of another version is not this one.
+        let next = Busy { version: 2, ..busy };
+        place.busy(Some(&next), true, &Patience::Forever);
+        lines.notified("l", Duration::ZERO, None);
+        assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask(None)), "of the version before");
+    }
+
     #[test]
     fn a_release_of_our_own_postpones_no_look() {
         let lines = Lines::default();

@@ -298,7 +298,7 @@ fn a_place_in_a_locked_row_keeps_no_other_call_waiting() {
     while Instant::now() < end {
         let other = StorageLock::new(&storage, "other").unwrap();
         // Far more than a statement takes, and less than a row is waited for elsewhere.
-        let guard = other.try_lock_for("worker", ms(1_000)).expect("in time").expect("it is free");
+        let guard = other.try_lock_for("worker", ms(1_500)).expect("in time").expect("it is free");
         guard.unlock().unwrap();
         assert!(keep.is_held());
         thread::sleep(ms(20));
