@@ -308,7 +308,7 @@ FROM (VALUES (1)) AS one LEFT JOIN seen ON true LEFT JOIN taken ON true",
             // $1 lock. Whether no acquire of it is about to commit: that has its row, or, of a first hold, its advisory lock. It locks the
             // row itself, and so has something to commit.
             is_settled: format!(
-                "SELECT EXISTS (SELECT FROM {table} WHERE lock_id = $1 AND version = ({newest}) AND {NOT_DURABLE} FOR KEY SHARE SKIP LOCKED)
+                "SELECT EXISTS (SELECT FROM {table} WHERE lock_id = $1 AND version = ({newest}) FOR KEY SHARE SKIP LOCKED)
     OR NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1)
        AND pg_try_advisory_xact_lock(hashtextextended($1, {literal}::regclass::oid::bigint)), {NOT_DURABLE}",
                 literal = literal(&table),
