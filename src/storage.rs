@@ -325,7 +325,11 @@ impl PostgresStorage {
         let (sql, owned, unknown) = (Arc::clone(&self.inner.sql), claim.clone(), unknown.to_vec());
         let call = move |session: &mut Session| {
             for before in &unknown {
-                session.release(&sql, before, None, None, false)?;
+                match session.release(&sql, before, None, None, false) {
+                    Err(fault) if fault.is_connection_fault() => return Err(fault),
+                    // What else fails is for the clean-up.
+                    _ => {}
+                }
             }
             acquire_on(session, &sql, &owned, ticket, misses, deadline)
         };
