@@ -30,6 +30,10 @@ const DEFAULT_KEEPALIVES_INTERVAL: Duration = Duration::from_secs(5);
 const DEFAULT_KEEPALIVES_RETRIES: u32 = 3;
 /// What `postgres::Config` has when nobody set it.
 const CLIENT_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
+/// What is wrong with most URLs that are misread.
+const ENCODED: &str = "names of hosts; in a URL, `@` and `/` in a user or password are written %40 and %2F";
+/// How much of a text that can't be used is shown.
+const SHOWN_CHARS: usize = 300;
 /// What is shown of a DSN.
 const HIDDEN: &str = "(hidden: it may hold a password)";
 
@@ -56,7 +60,10 @@ impl PostgresStorageOptions {
     /// not be `require`.
     pub fn from_dsn(dsn: &str) -> Self {
         PostgresStorageOptions {
-            config: dsn.parse::<Config>().map_err(|error| expected_dsn(&error)),
+            config: match dsn.parse::<Config>() {
+                Ok(_) if has_loose_at(dsn) => Err(ENCODED.to_owned()),
+                parsed => parsed.map_err(|error| expected_dsn(&error)),
+            },
             schema: "public".to_owned(),
             table_name: "storage_lock".to_owned(),
             create_table: true,
@@ -232,7 +239,15 @@ fn misread(config: &Config) -> Option<&'static str> {
         Host::Unix(folder) => !folder.as_os_str().as_encoded_bytes().contains(&0),
     };
     let are_hosts = config.get_hosts().iter().all(is_host);
-    (!are_hosts).then_some("names of hosts; in a URL, `@` and `/` in a user or password are written %40 and %2F")
+    (!are_hosts).then_some(ENCODED)
+}
+
+/// Whether a URL has more than the one `@` that ends the password. The parser ends it at the first: what follows would be
+/// taken for the host, and for the database, which the server's errors and logs show.
+fn has_loose_at(dsn: &str) -> bool {
+    let url = ["postgresql://", "postgres://"].iter().find_map(|scheme| dsn.strip_prefix(scheme));
+    let before_options = url.and_then(|url| url.split('?').next()).unwrap_or_default();
+    before_options.matches('@').count() > 1
 }
 
 /// What would have been a right DSN. The parser's words are passed on only where they can't hold a part of the DSN: of
@@ -366,7 +381,9 @@ fn check_identifier(option: &'static str, identifier: &str) -> Result<()> {
 fn check_text(option: &'static str, text: &str, max_bytes: usize) -> Result<()> {
     if text.is_empty() || text.len() > max_bytes || text.contains('\0') {
         let expected = format!("1 to {max_bytes} bytes of text without NUL, not {} bytes", text.len());
-        return Err(invalid(option, format!("{text:?}"), expected));
+        let shown: String = text.chars().take(SHOWN_CHARS).collect();
+        let rest = if shown.len() < text.len() { "…" } else { "" };
+        return Err(invalid(option, format!("{shown:?}{rest}"), expected));
     }
     Ok(())
 }

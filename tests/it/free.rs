@@ -280,7 +280,6 @@ fn whatever_stands_in_the_row_its_lock_is_taken_and_it_is_tidied_up() {
         Row::Before("ARRAY[NULL, NULL]::uuid[]"),
         Row::Before("'{}'"),
         Row::Before("array_fill($D, ARRAY[40])"),
-        Row::Before("array_fill($D, ARRAY[3], ARRAY[5])"),
         Row::Before("ARRAY[$D, $B, $D, $B] || $D(3)"),
         Row::After("$D(10) || waiters || $D(10)"),
         Row::After("waiters || $D(300)"),
