@@ -155,7 +155,7 @@ pub struct LockInformation {
 pub(crate) enum Found {
     NoSchema,
     NoTable,
-    Table { kind: String, persistence: String, columns: Vec<String>, has_key: bool },
+    Table { kind: String, persistence: String, columns: Vec<String>, has_key: bool, hides_rows: bool },
 }
 
 /// What the row of an acquire says.

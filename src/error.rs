@@ -153,3 +153,28 @@ pub(crate) fn is_serialization_failure(error: &postgres::Error) -> bool {
 pub(crate) fn invalid(option: &'static str, value: impl ToString, expected: impl ToString) -> Error {
     Error::InvalidOption { option, value: value.to_string(), expected: expected.to_string() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_used_up_or_in_the_way_passes_and_what_is_wrong_does_not() {
+        let passing = [
+            SqlState::DISK_FULL,
+            SqlState::OUT_OF_MEMORY,
+            SqlState::INSUFFICIENT_RESOURCES,
+            SqlState::T_R_DEADLOCK_DETECTED,
+            SqlState::LOCK_NOT_AVAILABLE,
+            SqlState::QUERY_CANCELED,
+            SqlState::PROGRAM_LIMIT_EXCEEDED,
+            SqlState::IO_ERROR,
+        ];
+        for code in passing {
+            assert!(is_passing(&code), "{code:?}");
+        }
+        for code in [SqlState::UNDEFINED_TABLE, SqlState::INSUFFICIENT_PRIVILEGE, SqlState::SYNTAX_ERROR] {
+            assert!(!is_passing(&code), "{code:?}");
+        }
+    }
+}

@@ -210,6 +210,30 @@ mod tests {
         }
     }
 
+    /// Whatever of it ends the password early lands in the host, the database or an option.
+    #[test]
+    fn a_password_with_what_a_url_has_to_encode_lands_nowhere_else() {
+        let [first, second] = [SECRET.get(..6).unwrap(), SECRET.get(6..).unwrap()];
+        for special in
+            ["@", "/", "?", "#", "%", ":", "@/", "/@", "@t/", "?@", "@?", "#@/", "%@", "@t:1/", "@t?a=", ",@"]
+        {
+            for scheme in ["postgresql", "postgres"] {
+                for tail in ["@db.example/app", "@db.example:5432/app?connect_timeout=3", "@[::1],b/app"] {
+                    let dsn = format!("{scheme}://app:{first}{special}{second}{tail}");
+                    let options = PostgresStorageOptions::from_dsn(&dsn);
+                    shows_no_secret(&dsn, &format!("{options:?}"));
+                    match options.checked_config() {
+                        Ok(config) => {
+                            let elsewhere = (config.get_hosts(), config.get_user(), config.get_dbname());
+                            shows_no_secret(&dsn, &format!("{elsewhere:?} {:?}", config.get_options()));
+                        }
+                        Err(error) => shows_no_secret(&dsn, &format!("{error} {error:?}")),
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn no_dsn_shows_a_piece_of_its_password_however_garbled_it_is() {
         let change = (any::<prop::sample::Index>(), 0..3_usize, prop_oneof![piece(), any_bytes()]);

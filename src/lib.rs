@@ -104,6 +104,9 @@
 //! | `debug` | a lock was acquired, busy or released; a connection was opened; a wait goes on although the database is out of reach |
 //! | `trace` | a lease was refreshed |
 //!
+//! A logger that takes long delays the thread that writes the line, as a slow callback does: that of a refresh, too. One that panics
+//! harms nothing; but the driver (target `tokio_postgres`) writes lines at `debug` within each call, which then fails: filter them.
+//!
 //! # Versions
 //!
 //! Semantic versioning; the minimum supported Rust version is 1.89, and raising it is a minor release. The public API

@@ -630,6 +630,25 @@ mod tests {
         assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask(None)), "of the version before");
     }
 
+    /// As those behind it do, whose notifications make it look again and again.
+    #[test]
+    fn whoever_has_notified_those_before_it_has_its_turn_in_time_however_often_it_looks() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        let free =
+            Busy { version: 7, is_free: true, has_notified: true, place: Some(200), waiters: 200, ..BUSY.clone() };
+        let (start, longest) = (Instant::now(), free.sleep(1.0));
+        while let Turn::Ask(turn) = place.turn(&Patience::Until(start + LONG)) {
+            if turn == Some(7) {
+                break;
+            }
+            assert!(start.elapsed() < 5 * longest, "no turn after {:?}", start.elapsed());
+            place.busy(Some(&free), true, &Patience::Forever);
+            lines.notified("l", Duration::from_millis(5), None);
+        }
+        assert!(start.elapsed() >= longest / 2, "the others had no time to come: {:?}", start.elapsed());
+    }
+
     #[test]
     fn a_release_of_our_own_postpones_no_look() {
         let lines = Lines::default();

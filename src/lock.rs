@@ -63,7 +63,7 @@ impl StorageLock {
     /// Takes the lock, waiting for as long as it takes, in the order in which threads and processes came.
     ///
     /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error. A table that
-    /// somebody has locked (`VACUUM FULL`, `ALTER TABLE`) is waited for as a busy lock is, from the first attempt on.
+    /// somebody has locked (`VACUUM FULL`, `ALTER TABLE`) is waited for as a busy lock is, from the first attempt on; not so behind a pooler, which doesn't pass our time-outs on.
     ///
     /// # Errors
     /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt comes back
@@ -79,7 +79,7 @@ impl StorageLock {
         }
     }
 
-    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 4 s. It doesn't wait in the order of the others: a
+    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 4 s (not behind a pooler). It doesn't wait in the order of the others: a
     /// lock that is free, and promised to a process that waits, is taken. Blocks for at most the connect timeout and 5 s.
     ///
     /// # Errors

@@ -30,6 +30,10 @@ const DEFAULT_KEEPALIVES_INTERVAL: Duration = Duration::from_secs(5);
 const DEFAULT_KEEPALIVES_RETRIES: u32 = 3;
 /// What `postgres::Config` has when nobody set it.
 const CLIENT_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
+/// What is wrong with most URLs that are misread.
+const ENCODED: &str = "names of hosts; in a URL, `@` and `/` in a user or password are written %40 and %2F";
+/// How much of a text that can't be used is shown.
+const SHOWN_CHARS: usize = 300;
 /// What is shown of a DSN.
 const HIDDEN: &str = "(hidden: it may hold a password)";
 
@@ -56,7 +60,10 @@ impl PostgresStorageOptions {
     /// not be `require`.
     pub fn from_dsn(dsn: &str) -> Self {
         PostgresStorageOptions {
-            config: dsn.parse::<Config>().map_err(|error| expected_dsn(&error)),
+            config: match dsn.parse::<Config>() {
+                Ok(_) if has_loose_at(dsn) => Err(ENCODED.to_owned()),
+                parsed => parsed.map_err(|error| expected_dsn(&error)),
+            },
             schema: "public".to_owned(),
             table_name: "storage_lock".to_owned(),
             create_table: true,
@@ -119,7 +126,7 @@ impl PostgresStorageOptions {
     ///
     /// It is called on the thread to which it happens, also on several at once: a caller's, before its call returns; one that refreshes a lease;
     /// or one that has opened a connection. So it has to be quick: count, or send it elsewhere. One that takes long delays that
-    /// thread, and a hold is lost whose refresh is delayed for too long. No mutex is held, and it may use the storage; but it must not
+    /// thread, and those of the process that wait for the same lock; and a hold is lost whose refresh is delayed for too long. No mutex is held, and it may use the storage; but it must not
     /// wait for a lock, because the thread that it is on may be the one to release it, and what it does to locks is told as well. If it
     /// panics, a warning is logged, and everything goes on. If it keeps a clone of the storage, or a lock or guard of it, the storage
     /// is never closed.
@@ -232,7 +239,15 @@ fn misread(config: &Config) -> Option<&'static str> {
         Host::Unix(folder) => !folder.as_os_str().as_encoded_bytes().contains(&0),
     };
     let are_hosts = config.get_hosts().iter().all(is_host);
-    (!are_hosts).then_some("names of hosts; in a URL, `@` and `/` in a user or password are written %40 and %2F")
+    (!are_hosts).then_some(ENCODED)
+}
+
+/// Whether a URL has more than the one `@` that ends the password. The parser ends it at the first: what follows would be
+/// taken for the host, and for the database, which the server's errors and logs show.
+fn has_loose_at(dsn: &str) -> bool {
+    let url = ["postgresql://", "postgres://"].iter().find_map(|scheme| dsn.strip_prefix(scheme));
+    let before_options = url.and_then(|url| url.split('?').next()).unwrap_or_default();
+    before_options.matches('@').count() > 1
 }
 
 /// What would have been a right DSN. The parser's words are passed on only where they can't hold a part of the DSN: of
@@ -316,7 +331,7 @@ impl LockOptions {
     /// before the hold's deadline, so before anybody else can own the lock, also while the server is frozen or the network swallows packets.
     /// From then on [`is_held`](crate::LockGuard::is_held) is false. Default: nothing.
     ///
-    /// In a process that is stopped, or an [`on_event`](PostgresStorageOptions::on_event) that takes long, it is as late as that. The loss is logged,
+    /// In a process that is stopped, or an [`on_event`](PostgresStorageOptions::on_event) or a logger that takes long, it is as late as that. The loss is logged,
     /// and told as an event, after it has come back: one that ends the process has to log by itself.
     ///
     /// Not called for a hold whose guards had gone before it was found to be lost: `unlock` said so, or drop logged it. An inner guard of a lock
@@ -366,7 +381,9 @@ fn check_identifier(option: &'static str, identifier: &str) -> Result<()> {
 fn check_text(option: &'static str, text: &str, max_bytes: usize) -> Result<()> {
     if text.is_empty() || text.len() > max_bytes || text.contains('\0') {
         let expected = format!("1 to {max_bytes} bytes of text without NUL, not {} bytes", text.len());
-        return Err(invalid(option, format!("{text:?}"), expected));
+        let shown: String = text.chars().take(SHOWN_CHARS).collect();
+        let rest = if shown.len() < text.len() { "…" } else { "" };
+        return Err(invalid(option, format!("{shown:?}{rest}"), expected));
     }
     Ok(())
 }

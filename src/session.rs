@@ -345,7 +345,13 @@ impl Session {
             return Ok(Found::NoSchema);
         }
         let Some(kind) = row.try_get::<_, Option<String>>(1)? else { return Ok(Found::NoTable) };
-        Ok(Found::Table { kind, persistence: row.try_get(2)?, columns: row.try_get(3)?, has_key: row.try_get(4)? })
+        Ok(Found::Table {
+            kind,
+            persistence: row.try_get(2)?,
+            columns: row.try_get(3)?,
+            has_key: row.try_get(4)?,
+            hides_rows: row.try_get(5)?,
+        })
     }
 
     /// Creates the table; false if another process did so at the same time.

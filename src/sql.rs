@@ -101,10 +101,11 @@ pub(crate) const SESSION: &str =
 
 pub(crate) const SERVER_TIME: &str = "SELECT clock_timestamp()";
 
-/// Whether the schema exists; kind, persistence and columns of the table, if it exists; whether it has our primary key.
+/// Whether the schema exists; kind, persistence and columns of the table, if it exists; whether it has our primary key; and whether
+/// rows may be hidden from this role.
 /// 950 is the fixed object id of the collation `"C"`.
 pub(crate) const INSPECT: &str = "\
-SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1), table_.kind, table_.persistence, table_.columns, table_.key
+SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1), table_.kind, table_.persistence, table_.columns, table_.key, table_.hides
 FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
     SELECT c.relkind::text AS kind, c.relpersistence::text AS persistence,
         ARRAY(SELECT a.attname || ' ' || replace(format_type(a.atttypid, a.atttypmod), '\"', '')
@@ -117,7 +118,8 @@ FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
                 WHERE i.indrelid = c.oid AND i.indisprimary AND i.indnkeyatts = 2
                   AND (SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum = i.indkey[0]) = 'lock_id'
                   AND (SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum = i.indkey[1]) = 'version'
-               ) AS key
+               ) AS key,
+        pg_catalog.row_security_active(c.oid) AS hides
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relname = $2
 ) AS table_ ON true";

@@ -325,7 +325,11 @@ impl PostgresStorage {
         let (sql, owned, unknown) = (Arc::clone(&self.inner.sql), claim.clone(), unknown.to_vec());
         let call = move |session: &mut Session| {
             for before in &unknown {
-                session.release(&sql, before, None, None, false)?;
+                match session.release(&sql, before, None, None, false) {
+                    Err(fault) if fault.is_connection_fault() => return Err(fault),
+                    // What else fails is for the clean-up.
+                    _ => {}
+                }
             }
             acquire_on(session, &sql, &owned, ticket, misses, deadline)
         };
@@ -556,8 +560,10 @@ impl PostgresStorage {
             if session.release(&sql, &claim, version, None, false)?.is_some() {
                 return Ok(Outcome::Undone);
             }
-            // One that is about to commit has not been seen by the release.
-            let is_settled = version.is_some() || session.is_settled(&sql, &claim.lock_id)?;
+            // When it can't be sent any more, it may yet be about to commit, which the release doesn't see. Asked for at the end only,
+            // because looking for that locks the row for a moment.
+            let is_last = version.is_none() && claim.expires <= Instant::now();
+            let is_settled = !is_last || session.is_settled(&sql, &claim.lock_id)?;
             Ok(if is_settled { Outcome::NotThere } else { Outcome::Failed })
         };
         let action = move || format!("release lock {describe:?}");
@@ -608,10 +614,12 @@ impl fmt::Debug for PostgresStorage {
 
 /// Why locks can't be kept in what was found, if so.
 fn problem_of(found: &Found) -> Option<String> {
-    let (kind, persistence, columns, has_key) = match found {
+    let (kind, persistence, columns, has_key, hides_rows) = match found {
         Found::NoSchema => return Some("the schema does not exist; create it, or name another one".to_owned()),
         Found::NoTable => return Some("it does not exist, and creating it was not asked for".to_owned()),
-        Found::Table { kind, persistence, columns, has_key } => (kind, persistence, columns, has_key),
+        Found::Table { kind, persistence, columns, has_key, hides_rows } => {
+            (kind, persistence, columns, has_key, hides_rows)
+        }
     };
     if kind != "r" {
         return Some("it is not an ordinary table".to_owned());
@@ -626,6 +634,13 @@ fn problem_of(found: &Found) -> Option<String> {
     }
     if !has_key {
         return Some("it has no primary key (lock_id, version)".to_owned());
+    }
+    if *hides_rows {
+        return Some(
+            "row-level security applies to this role, and may hide rows: two owners could hold a lock; use a role that it \
+             doesn't apply to, or disable it for the table"
+                .to_owned(),
+        );
     }
     if persistence != "p" {
         return Some(

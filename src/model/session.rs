@@ -363,7 +363,7 @@ impl Session {
             .iter()
             .map(|(name, type_, is_required)| format!("{name} {type_}{}", if *is_required { " NOT NULL" } else { "" }));
         let (kind, persistence) = ("r".to_owned(), "p".to_owned());
-        Ok(Found::Table { kind, persistence, columns: columns.collect(), has_key: true })
+        Ok(Found::Table { kind, persistence, columns: columns.collect(), has_key: true, hides_rows: false })
     }
 
     pub(crate) fn create_table(&mut self, _: &Sql) -> Result<bool, Fault> {

@@ -708,6 +708,118 @@ fn what_comes_after_a_claims_time_takes_nothing_and_stands_nowhere() {
     assert!(matches!(session.acquire(&table.sql, &claim("l", LONG), None).unwrap(), Acquired::Taken { .. }));
 }
 
+/// However well it knows the server's clock: a claim's time is that of its call, and not of its statement.
+#[test]
+fn a_claim_whose_time_is_over_when_it_is_sent_takes_nothing_and_stands_nowhere() {
+    let table = Table::new();
+    let mut session = session();
+    let mine = claim("l", LONG);
+    let version = take(&mut session, &table.sql, &mine).unwrap().version;
+    let over = |lock_id: &str| Claim { expires: Instant::now() - Duration::from_secs(1), ..claim(lock_id, LONG) };
+    assert!(session.hand_over(&table.sql, &mine, version, &over("l")).unwrap().is_none());
+    client().batch_execute(&format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table)).unwrap();
+    for waits in [None, ticket(Uuid::new_v4())] {
+        assert!(matches!(session.acquire(&table.sql, &over("l"), waits).unwrap(), Acquired::TooLate));
+    }
+    assert!(matches!(session.create(&table.sql, &over("new")).unwrap(), Acquired::Missed));
+    assert_eq!(table.count("lock_id = 'new' OR waiters IS NOT NULL"), 0);
+    assert!(matches!(session.acquire(&table.sql, &claim("l", LONG), None).unwrap(), Acquired::Taken { .. }));
+}
+
+/// A release doesn't see what it may have to undo until that is committed.
+#[test]
+fn an_acquire_that_is_about_to_commit_is_not_settled() {
+    let table = Table::new();
+    let (mut acquiring, mut undoing) = (session(), session());
+    let first = claim("l", LONG);
+    assert!(undoing.is_settled(&table.sql, "l").unwrap(), "nobody has ever held it");
+    // The first hold of a lock: as `create` does it.
+    let mut transaction = acquiring.client.transaction().unwrap();
+    transaction.query_typed(&table.sql.lock_creation, &[(&first.lock_id, Type::TEXT)]).unwrap();
+    assert!(!undoing.is_settled(&table.sql, "l").unwrap(), "it is going to be made");
+    let ends = SystemTime::now() + LONG;
+    let parameters: [Parameter<'_>; 5] = [
+        (&first.lock_id, Type::TEXT),
+        (&first.owner_id, Type::TEXT),
+        (&first.lease_id, Type::UUID),
+        (&micros(LONG), Type::INT8),
+        (&ends, Type::TIMESTAMPTZ),
+    ];
+    assert_eq!(transaction.query_typed(&table.sql.create, &parameters).unwrap().len(), 1);
+    assert!(!release(&mut undoing, &table.sql, &first, None), "it is not committed");
+    assert!(!undoing.is_settled(&table.sql, "l").unwrap(), "it may be");
+    transaction.commit().unwrap();
+    assert!(undoing.is_settled(&table.sql, "l").unwrap());
+    assert!(release(&mut undoing, &table.sql, &first, None));
+    // Each further one.
+    let next = claim("l", LONG);
+    acquiring.client.batch_execute("BEGIN").unwrap();
+    assert!(matches!(acquiring.acquire(&table.sql, &next, None).unwrap(), Acquired::Taken { .. }));
+    assert!(!release(&mut undoing, &table.sql, &next, None), "it is not committed");
+    assert!(!undoing.is_settled(&table.sql, "l").unwrap(), "it may be");
+    acquiring.client.batch_execute("COMMIT").unwrap();
+    assert!(undoing.is_settled(&table.sql, "l").unwrap());
+    assert!(release(&mut undoing, &table.sql, &next, None));
+}
+
+/// There it would keep its connection from others.
+#[test]
+fn nothing_waits_long_in_the_server_for_a_row_that_somebody_keeps_locked() {
+    let table = Table::new();
+    let (mut session, mut locking) = (session(), client());
+    let (mine, waiter) = (claim("l", LONG), Uuid::new_v4());
+    let version = take(&mut session, &table.sql, &mine).unwrap().version;
+    assert!(matches!(session.acquire(&table.sql, &claim("l", LONG), ticket(waiter)).unwrap(), Acquired::Busy(_)));
+    let mut transaction = locking.transaction().unwrap();
+    transaction.batch_execute(&format!("SELECT FROM {} FOR UPDATE", table.sql.table)).unwrap();
+    let mut is_kept_waiting = |what: &str, call: &dyn Fn(&mut Session) -> Option<Fault>| {
+        let start = Instant::now();
+        let Some(Fault::Postgres(error)) = call(&mut session) else { panic!("{what}: it is locked") };
+        assert_eq!(error.code(), Some(&SqlState::LOCK_NOT_AVAILABLE), "{what}: {error}");
+        assert!(start.elapsed() < Duration::from_secs(3), "{what} has waited for {:?}", start.elapsed());
+    };
+    is_kept_waiting("a refresh", &|session| session.refresh(&table.sql, &mine, version).err());
+    is_kept_waiting("a release", &|session| session.release(&table.sql, &mine, Some(version), None, false).err());
+    is_kept_waiting("a withdrawal", &|session| session.withdraw(&table.sql, "l", waiter).err());
+    transaction.commit().unwrap();
+    assert!(session.refresh(&table.sql, &mine, version).unwrap().is_some());
+}
+
+/// A session somewhere that listens, and reads nothing, fills it. The server says so when a statement commits.
+#[test]
+fn a_full_queue_of_notifications_keeps_nobody_from_the_lock() {
+    let table = Table::new();
+    let name = table.sql.table.replace("\"public\".", "").replace('"', "");
+    let full = "CREATE FUNCTION $T_full() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF TG_WHEN = 'BEFORE' THEN
+                PERFORM set_config('race.notifies', (current_query() LIKE '%pg_notify(%')::text, true);
+                RETURN new;
+            ELSIF current_setting('race.notifies') = 'true' THEN
+                RAISE 'the queue is full' USING ERRCODE = '54000';
+            END IF;
+            RETURN NULL;
+        END $$;
+        CREATE TRIGGER see BEFORE UPDATE ON $T FOR EACH ROW EXECUTE FUNCTION $T_full();
+        CREATE CONSTRAINT TRIGGER commit AFTER UPDATE ON $T DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION $T_full()";
+    client().batch_execute(&full.replace("$T", &name)).unwrap();
+    let mut session = session();
+    let [mine, next] = [0; 2].map(|_| claim("l", LONG));
+    let [first, second] = [0; 2].map(|_| Uuid::new_v4());
+    take(&mut session, &table.sql, &mine).unwrap();
+    for waiter in [first, second] {
+        let acquired = session.acquire(&table.sql, &claim("l", LONG), ticket(waiter)).unwrap();
+        assert!(matches!(acquired, Acquired::Busy(_)), "{acquired:?}");
+    }
+    let shorter = Claim { lease: LONG / 2, ..next };
+    assert_eq!(session.hand_over(&table.sql, &mine, 1, &shorter).unwrap().expect("held").version, 2);
+    assert_eq!(session.release(&table.sql, &shorter, Some(2), None, false).unwrap(), Some(2));
+    session.withdraw(&table.sql, "l", first).unwrap();
+    let acquired = session.acquire(&table.sql, &claim("l", LONG), ticket(second)).unwrap();
+    assert!(matches!(acquired, Acquired::Taken { .. }), "{acquired:?}");
+    client().batch_execute(&format!("DROP FUNCTION {name}_full CASCADE")).unwrap();
+}
+
 #[test]
 fn a_takeover_and_a_hand_over_at_the_moment_of_expiry_never_both_succeed() {
     const ROUNDS: usize = 1_000;

@@ -64,6 +64,16 @@ fn unusable_input_is_refused_before_anything_touches_the_network() {
 }
 
 #[test]
+fn an_error_about_a_huge_text_is_short() {
+    let huge = "🔒".repeat(5_000_000);
+    let storage = PostgresStorageOptions::from_dsn(&dsn()).table_name(&huge);
+    for error in [StorageLock::connect(huge.clone(), &dsn()).unwrap_err(), PostgresStorage::new(storage).unwrap_err()] {
+        let text = error.to_string();
+        assert!(text.len() < 2_000 && text.contains("20000000 bytes") && text.contains('🔒'), "{text}");
+    }
+}
+
+#[test]
 fn unusable_options_of_a_lock_are_refused() {
     let table = Table::new();
     let storage = table.storage();

@@ -154,6 +154,32 @@ fn a_role_without_create_uses_a_table_that_is_there_and_cannot_make_one() {
     table.execute(&format!("DROP ROLE {role}"));
 }
 
+/// A policy that hides rows would make every lock look as if nobody had ever held it.
+#[test]
+fn a_table_whose_rows_may_be_hidden_from_the_role_is_refused() {
+    let table = Table::new();
+    drop(table.lock("l").lock("worker").unwrap());
+    let role = format!("{}_role", table.name);
+    let mut client = table.client();
+    client
+        .batch_execute(&format!(
+            "CREATE ROLE {role} LOGIN PASSWORD 'w';
+             GRANT SELECT, INSERT, UPDATE ON {table} TO {role};
+             ALTER TABLE {table} ENABLE ROW LEVEL SECURITY",
+            table = table.name
+        ))
+        .unwrap();
+    let as_role = Table::of(&format!("{} user={role} password=w", table.dsn), &table.name);
+    let error = PostgresStorage::new(as_role.options()).unwrap_err();
+    assert!(error.to_string().contains("row-level security"), "{error}");
+    // It doesn't apply to the owner of the table, nor to anybody when it is disabled.
+    assert!(PostgresStorage::new(table.options()).is_ok());
+    client.batch_execute(&format!("ALTER TABLE {} DISABLE ROW LEVEL SECURITY", table.name)).unwrap();
+    assert!(PostgresStorage::new(as_role.options()).is_ok());
+    drop(as_role);
+    client.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
+}
+
 /// The statements count places from 1, in one dimension.
 #[test]
 fn waiters_that_no_statement_would_find_are_refused() {

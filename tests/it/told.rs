@@ -214,7 +214,7 @@ fn a_logger_that_panics_at_every_line_loses_no_hold_and_keeps_no_call_from_comin
 /// The driver's lines come from the middle of a call, which is made again, or of opening a connection. And what it panics
 /// with panics when it is dropped.
 #[test]
-fn a_logger_that_panics_at_a_line_of_the_driver_costs_no_call_and_no_hold() {
+fn a_logger_that_panics_at_a_line_of_the_driver_costs_a_connection_and_no_hold() {
     let table = Table::new();
     let mut child = Process::start_with_stderr("panic within the driver", &table, &[], Stdio::null());
     assert_eq!(child.expect_line(), "as expected");

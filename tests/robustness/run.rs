@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use postgres::{Client, NoTls};
 use uuid::Uuid;
 
-use crate::history::{History, LifeEnd, Row, Written, nanos, now};
+use crate::history::{Fault, History, Kind, LifeEnd, Row, Written, nanos, now};
 use crate::hurt::{Plan, Targets};
 use crate::processes::{Workers, history_of, wall_clock};
 use crate::support::ms;
@@ -56,6 +57,7 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     fs::write(&clock_file, "+0").expect("write the clock");
     let workers = run.start(seed, dsns, WAITING, habits, clock);
     let faults = Mutex::default();
+    let watch = Watch::start(WORKERS + WAITING);
     let targets = Targets {
         workers: &workers,
         proxies: &proxies,
@@ -75,17 +77,58 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     });
     let mut history = History { begin: run.began, healed: now(), ..History::default() };
     history.faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
-    history.faults.sort_by_key(|fault| fault.begin);
     workers.calm_down(TIMES.longest_lease + LONGEST_LOOK);
     workers.stop(ms(8_000));
     run.wait_for_the_last_to_leave_the_rows();
     history.alone_until = now();
+    history.faults.extend(watch.stop());
+    history.faults.sort_by_key(|fault| fault.begin);
     let used = plan.hurts().collect();
     thread::spawn(move || {
         let report = run.judge(seed, workers, history, used, |_| ());
         drop(proxies);
         report
     })
+}
+
+/// Watches for times in which the machine as a whole stood still: nothing can be asked of anybody then.
+struct Watch {
+    has_to_stop: Arc<AtomicBool>,
+    watching: JoinHandle<Vec<Fault>>,
+}
+
+impl Watch {
+    /// Longer than a busy machine keeps a thread from running.
+    const STILL: Duration = ms(500);
+
+    fn start(workers: usize) -> Watch {
+        let has_to_stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&has_to_stop);
+        let watching = thread::spawn(move || {
+            let mut faults = Vec::new();
+            while !stop.load(Ordering::SeqCst) {
+                let begin = now();
+                thread::sleep(ms(20));
+                let end = now();
+                if end - begin > nanos(Self::STILL) {
+                    faults.extend((0..workers).map(|worker| Fault {
+                        what: "the machine stood still".to_owned(),
+                        kind: Kind::Stopped,
+                        worker: Some(worker),
+                        begin,
+                        end,
+                    }));
+                }
+            }
+            faults
+        });
+        Watch { has_to_stop, watching }
+    }
+
+    fn stop(self) -> Vec<Fault> {
+        self.has_to_stop.store(true, Ordering::SeqCst);
+        self.watching.join().expect("it only looks at the clock")
+    }
 }
 
 /// Keeps tests that need the machine for themselves from each other.
