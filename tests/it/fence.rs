@@ -170,13 +170,13 @@ fn after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_
 fn refreshes_go_on_under_a_fence_that_is_open_for_longer_than_the_lease() {
     for level in LEVELS {
         let table = Table::new();
-        let guard = table.short_lock("l", ms(1_000), ms(100)).lock("worker-1").unwrap();
+        let guard = table.short_lock("l", ms(3_000), ms(100)).lock("worker-1").unwrap();
         let mut client = table.client();
         let mut transaction = begin(&mut client, level);
         see(&mut transaction);
         // Fenced before and after refreshes, and again.
         is_refreshed(&guard);
-        let end = Instant::now() + ms(2_200);
+        let end = Instant::now() + ms(3_200);
         while Instant::now() < end {
             guard.fence(&mut transaction).unwrap();
             is_refreshed(&guard);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-use crate::support::{eventually, takes_at_most};
+use crate::support::{eventually, takes_at_most, within};
 
 fn script(command: &[&str]) -> Command {
     // Started in the background by a shell, or by nohup, these tests ignore a signal, and so would the script.
@@ -179,7 +179,9 @@ fn it_leaves_nothing_behind_however_soon_it_ends() {
 #[test]
 fn a_command_whose_script_was_killed_ends_with_its_server() {
     let (mut child, folder) = start_sleeping(&[]);
-    let command: i32 = std::fs::read_to_string(Path::new(&folder).join("command")).unwrap().trim().parse().unwrap();
+    // Written just after the command has been started.
+    let command = || std::fs::read_to_string(Path::new(&folder).join("command")).ok()?.trim().parse::<i32>().ok();
+    let command = within(Duration::from_secs(20), "its id", command);
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL).unwrap();
     child.wait().unwrap();
     eventually("the command has ended", || kill(Pid::from_raw(command), None).is_err());
