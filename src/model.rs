@@ -300,21 +300,24 @@ fn processes_hear_of_each_others_releases() {
     });
 }
 
+/// The lock is the first process's, and a thread of each other one waits for it.
+fn held_and_waited_for(storages: &[PostgresStorage; 3]) -> (Counted, Vec<shuttle::thread::JoinHandle<()>>) {
+    let [holder, others @ ..] = storages.each_ref().map(|storage| lock_of(storage, LONG_LEASE));
+    let guard = Counted::on(holder.lock("o").expect("the lock"));
+    let wait = |lock: StorageLock| {
+        start(move || {
+            Counted::on(lock.lock("o").expect("the lock")).unlock().expect("held");
+        })
+    };
+    (guard, others.into_iter().map(wait).collect())
+}
+
 /// Dead processes stand in the row, before, between and behind those who live.
 #[test]
 fn dead_processes_in_the_row_cost_those_who_live_a_look() {
     explore(Pace::Lazy, CALM, || {
         let storages = [process(), process(), process()];
-        let [holder, others @ ..] = storages.each_ref().map(|storage| lock_of(storage, LONG_LEASE));
-        let guard = Counted::on(holder.lock("o").expect("the lock"));
-        let waiting: Vec<_> = others
-            .into_iter()
-            .map(|lock| {
-                start(move || {
-                    Counted::on(lock.lock("o").expect("the lock")).unlock().expect("held");
-                })
-            })
-            .collect();
+        let (guard, waiting) = held_and_waited_for(&storages);
         for _ in 0..1 + random() % 6 {
             thread::sleep([0, 1, 16][random() as usize % 3] * MS);
             server(|server| {
@@ -338,16 +341,7 @@ fn dead_processes_in_the_row_cost_those_who_live_a_look() {
 fn a_lock_is_found_free_by_whoever_looks_although_nobody_is_notified() {
     explore(Pace::Lazy, Weather { lost_notifications: 2, ..CALM }, || {
         let storages = [process(), process(), process()];
-        let [holder, others @ ..] = storages.each_ref().map(|storage| lock_of(storage, LONG_LEASE));
-        let guard = Counted::on(holder.lock("o").expect("the lock"));
-        let waiting: Vec<_> = others
-            .into_iter()
-            .map(|lock| {
-                start(move || {
-                    Counted::on(lock.lock("o").expect("the lock")).unlock().expect("held");
-                })
-            })
-            .collect();
+        let (guard, waiting) = held_and_waited_for(&storages);
         thread::sleep([0, 1, 3_000][random() as usize % 3] * MS);
         let freed = Instant::now();
         if random().is_multiple_of(2) {

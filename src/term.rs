@@ -78,7 +78,7 @@ impl Term {
     }
 
     /// When to refresh: `interval` after the last time, but early enough to repeat it where the term is a short one, as of
-    /// a hold that was recognised late.
+    /// a hold whose answer took long.
     pub(crate) fn next_refresh(&self, interval: Duration) -> Instant {
         let for_repeating = retry_time(self.lease).saturating_sub(safety_margin(self.lease));
         (self.sent + interval).min(self.deadline.checked_sub(for_repeating).unwrap_or(self.sent))
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recognised_hold_lasts_as_long_as_the_server_says() {
+    fn a_hold_lasts_as_long_as_the_server_says() {
         let sent = Instant::now();
         assert_eq!(Term::new(sent, s(10), LEASE).deadline(), sent + s(9));
         assert!(!Term::new(sent, s(1), LEASE).is_held(sent));
