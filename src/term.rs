@@ -183,7 +183,7 @@ mod tests {
         let sent = Instant::now();
         assert_eq!(Term::new(sent, LEASE, LEASE).next_refresh(s(5)), sent + s(5));
         assert_eq!(Term::new(sent, LEASE, LEASE).next_refresh(s(20)), sent + s(20));
-        // Recognised with 15 s left: the deadline is at 14 s, and 9 s are for repeating.
+        // With 15 s left: the deadline is at 14 s, and 9 s are for repeating.
         assert_eq!(Term::new(sent, s(15), LEASE).next_refresh(s(20)), sent + s(5));
     }
 
