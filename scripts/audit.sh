@@ -7,7 +7,7 @@
 # Licences and sources need nothing but the lock file. The list of vulnerabilities is fetched; where that fails, this says that it was
 # not checked and goes on, since a machine without that network could land nothing else. Fails if something is found.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 not_checked() {
   echo "${0##*/}: NOT CHECKED: $*"

@@ -7,7 +7,7 @@
 # with pg_stat_statements, or against the one in STORAGE_LOCK_POSTGRESQL_DSN. Tables go to the standard output, CSV and SVG
 # files to target/bench. --short runs each for a moment, to see that it works; its figures say nothing.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 exec scripts/with-postgres.sh -c shared_preload_libraries=pg_stat_statements \
   cargo bench --locked --bench locks -- --out target/bench "$@"

@@ -7,7 +7,7 @@
 # Runs each target for so long (default 60) and fails if one finds something; the input is then in fuzz/artifacts. Needs `cargo fuzz`
 # (cargo install cargo-fuzz) and a C++ compiler; where cargo-fuzz is missing, it says so and does nothing.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 readonly seconds=${1-60}
 if ! [[ $seconds =~ ^[1-9][0-9]*$ ]]; then

@@ -9,7 +9,7 @@
 # as the code is the one that it was found with.
 # Needs no database. See src/model.rs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 usage() {
   echo "usage: ${0##*/} [--seconds N] [SCENARIO] | --replay SCHEDULE SCENARIO" >&2

@@ -8,7 +8,7 @@
 # scripts/with-postgres.sh does; it starts servers of its own. With libfaketime (scripts/install-test-tools.sh) the workers'
 # wall clocks are moved too. The histories of a run that breaks a rule stay in target/tmp/robustness.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 usage() {
   echo "usage: ${0##*/} [--minutes N] [--seed S] [--seeds N]" >&2

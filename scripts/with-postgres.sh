@@ -128,15 +128,58 @@ as_line() {
   printf "%s = '%s'\n" "${1%%=*}" "$value"
 }
 
+# Whatever ends the script from here on: nothing stays behind.
+folder='' watcher=''
+# shellcheck disable=SC2317 # called by the trap
+clean_up() {
+  if [ -n "$watcher" ]; then
+    exec 9>&-
+    wait "$watcher" || true
+  elif [ -n "$folder" ]; then
+    rm -rf "$folder"
+  fi
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+
 # /tmp and not TMPDIR: the path of a Unix socket may have 107 bytes at most.
 folder=$(mktemp -d /tmp/storage-lock-postgres.XXXXXX)
 # What the servers may write; the rest of the folder is ours, and run by us.
 readonly own="$folder/server"
-mkdir -m 700 "$own"
 
+# Stops a cluster: its pg_ctl, and its data folder.
+take_away() {
+  # A server that somebody stopped (SIGSTOP) would not hear of its end.
+  if [ -r "$own/$2/postmaster.pid" ]; then kill -s CONT "$(head -n 1 "$own/$2/postmaster.pid")" || true; fi
+  "$folder/$1" stop -m immediate || true
+}
+# The watcher has a process group of its own, which a signal to ours doesn't reach. It ends when the last writer of its
+# pipe has gone, which is this script, alive or killed: everything that the script starts gets descriptor 9 closed. A
+# command that still runs has lost its server then, and is ended.
+mkfifo "$folder/alive"
+set -m
+(
+  trap '' INT TERM HUP
+  read -r _ <"$folder/alive" || true
+  if [ -r "$folder/command" ]; then kill -s TERM "$(cat "$folder/command")" || true; fi
+  take_away ctl data
+  take_away standby-ctl standby
+  rm -rf "$folder"
+) >/dev/null 2>&1 </dev/null &
+watcher=$!
+set +m
+exec 9>"$folder/alive"
+
+mkdir -m 700 "$own"
+# Without what the caller has set for programs of PostgreSQL: it is meant for other servers.
 cat >"$folder/as-server-user" <<END
 #!/bin/sh
 cd '$own' || exit
+for name in \$(env | sed -n 's/^\(PG[A-Z_]*\)=.*/\1/p'); do
+  [ "\$name" = PGPASSWORD ] || unset "\$name"
+done
 if [ -z '$server_user' ] || [ "\$(id -u)" -ne 0 ]; then exec "\$@"; fi
 if command -v runuser >/dev/null; then exec runuser -u '$server_user' -- "\$@"; fi
 exec su -s /bin/sh '$server_user' -c 'exec "\$0" "\$@"' -- "\$@"
@@ -152,33 +195,6 @@ END
 chmod +x "$folder/as-server-user"
 make_ctl ctl data log
 make_ctl standby-ctl standby standby.log
-
-# Stops a cluster: its pg_ctl, and its data folder.
-take_away() {
-  # A server that somebody stopped (SIGSTOP) would not hear of its end.
-  if [ -r "$own/$2/postmaster.pid" ]; then kill -s CONT "$(head -n 1 "$own/$2/postmaster.pid")" || true; fi
-  "$folder/$1" stop -m immediate || true
-}
-# The watcher has a process group of its own, which a signal to ours doesn't reach. It ends when the last writer of its
-# pipe has gone, which is this script, alive or killed: everything that the script starts gets descriptor 9 closed.
-mkfifo "$folder/alive"
-set -m
-(
-  trap '' INT TERM HUP
-  read -r _ <"$folder/alive" || true
-  take_away ctl data
-  take_away standby-ctl standby
-  rm -rf "$folder"
-) >/dev/null 2>&1 </dev/null &
-readonly watcher=$!
-set +m
-exec 9>"$folder/alive"
-# shellcheck disable=SC2317 # called by the trap
-clean_up() {
-  exec 9>&-
-  wait "$watcher" || true
-}
-trap clean_up EXIT
 
 readonly role=storage_lock
 password=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
@@ -251,6 +267,7 @@ export STORAGE_LOCK_POSTGRESQL_CTL="$folder/ctl"
   exec "$@"
 ) <&0 9>&- &
 readonly command=$!
+echo "$command" >"$folder/command"
 for signal in INT TERM HUP; do
   # shellcheck disable=SC2064
   trap "kill -s $signal $command 2>/dev/null || true" "$signal"
@@ -262,4 +279,5 @@ while kill -0 "$command" 2>/dev/null; do
   code=0
   wait "$command" || code=$?
 done
+rm "$folder/command"
 exit "$code"

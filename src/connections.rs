@@ -21,7 +21,7 @@ use crate::events::{Event, Events};
 use crate::session::{Route, Session};
 use crate::sql;
 use crate::stragglers::{self, Stragglers};
-use crate::user_code::note;
+use crate::user_code::{self, note};
 
 /// What opening may take beyond the client's own `connect_timeout`, which covers the socket and not the log-in: the
 /// client's error is the better one.
@@ -225,14 +225,18 @@ impl Opener {
         if self.stragglers.lock().unwrap_or_else(PoisonError::into_inner).may_add(stuck, began) {
             let (config, route, failed) = (self.config.clone(), Arc::clone(&self.route), sender.clone());
             let started = thread::Builder::new().name("lock-connect".to_owned()).spawn(move || {
-                let opened = open(&config, Arc::clone(&route)).and_then(|mut session| {
+                // The driver logs, and the logger is the user's.
+                let opened = user_code::call(|| {
+                    let mut session = open(&config, Arc::clone(&route))?;
                     prepare(&mut session)?;
                     Ok(session)
                 });
+                let opened = opened.map(|opened| opened.map_err(|source| Error::Connect { source }));
+                let opened = opened.unwrap_or_else(|| Err(panicked()));
                 let is_reconnect = opened.is_ok() && route.ends_interruption();
                 drop(under_way);
                 // If nobody waits any more, the session is closed here.
-                drop(sender.send(opened.map_err(|source| Error::Connect { source })));
+                user_code::call(|| drop(sender.send(opened)));
                 // Last: whoever is told may take its time, or use the storage, and so wait for this very connection.
                 if is_reconnect {
                     route.events.tell(|| Event::Reconnected {});
@@ -286,6 +290,10 @@ fn open(config: &Config, route: Arc<Route>) -> Result<Session, postgres::Error> 
     };
     note!(debug, "opened a connection");
     Ok(session)
+}
+
+fn panicked() -> Error {
+    Error::Thread { source: std::io::Error::other("the logger panicked while a connection was opened") }
 }
 
 fn opening_timed_out(after: Duration) -> Error {

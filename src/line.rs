@@ -391,8 +391,11 @@ impl Place<'_> {
                 }
                 wake = wake.min(since + lease);
             }
-            // Once more after the end, and then no more, whatever is told.
-            let may_ask = !(patience.is_over(now) && self.asked.get().is_some_and(|asked| patience.is_over(asked)));
+            // Once more after the end, if there is time for it, and then no more, whatever is told.
+            let end = patience.end(now);
+            let late = end.checked_add(SLACK).unwrap_or(end);
+            let may_ask = !(patience.is_over(now)
+                && self.asked.get().is_some_and(|asked| patience.is_over(asked) || now >= late));
             if self.is_head(line) && may_ask {
                 match line.hold.as_ref().filter(|hold| hold.is_held()) {
                     Some(hold) => wake = wake.min(now + hold.remaining()),
@@ -407,7 +410,6 @@ impl Place<'_> {
             }
             if patience.is_over(now) {
                 // Where nobody has had an answer yet, nobody knows that the lock is busy. It may be just coming.
-                let late = patience.end(now) + SLACK;
                 if line.is_busy || now >= late || line.asking.is_none() {
                     let waited = now.duration_since(self.waiter.joined);
                     return Turn::Over(unreachable.or((!line.is_busy).then_some(waited)));
@@ -601,12 +603,40 @@ mod tests {
         }
     }
 
+    /// Each makes it look, and notify those before it again.
+    #[test]
+    fn a_flood_of_notifications_does_not_put_a_turn_off() {
+        let lines = Lines::default();
+        let place = lines.join(&options(), "o");
+        let busy = Busy { is_free: true, has_notified: true, place: Some(2), waiters: 2, ..BUSY.clone() };
+        let start = Instant::now();
+        loop {
+            match place.turn(&Patience::Until(start + LONG)) {
+                Turn::Ask(Some(version)) => {
+                    assert_eq!(version, busy.version);
+                    break;
+                }
+                Turn::Ask(None) => place.busy(Some(&busy), true, &Patience::Forever),
+                _ => panic!("it doesn't ask"),
+            }
+            lines.notified("l", Duration::ZERO, None);
+            assert!(start.elapsed() < LONG / 10, "its turn doesn't come");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // That of another version is not this one.
+        let next = Busy { version: 2, ..busy };
+        place.busy(Some(&next), true, &Patience::Forever);
+        lines.notified("l", Duration::ZERO, None);
+        assert!(matches!(place.turn(&Patience::Until(start + LONG)), Turn::Ask(None)), "of the version before");
+    }
+
     /// As those behind it do, whose notifications make it look again and again.
     #[test]
     fn whoever_has_notified_those_before_it_has_its_turn_in_time_however_often_it_looks() {
         let lines = Lines::default();
         let place = lines.join(&options(), "o");
-        let free = Busy { version: 7, is_free: true, has_notified: true, place: Some(200), waiters: 200, ..BUSY };
+        let free =
+            Busy { version: 7, is_free: true, has_notified: true, place: Some(200), waiters: 200, ..BUSY.clone() };
         let (start, longest) = (Instant::now(), free.sleep(1.0));
         while let Turn::Ask(turn) = place.turn(&Patience::Until(start + LONG)) {
             if turn == Some(7) {

@@ -14,7 +14,7 @@ use crate::line::Lines;
 use crate::session::Session;
 use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::term::backoff;
-use crate::user_code::note;
+use crate::user_code::{self, note};
 
 /// It is closed after so long without anybody who waits.
 const IDLE_TIME: Duration = Duration::from_secs(10);
@@ -69,7 +69,7 @@ impl Listener {
         // Dropped with the closure where no thread can be started.
         let running = Running(Arc::clone(self), Arc::clone(lines));
         let connections = connections.clone();
-        let run = move || running.run(&connections);
+        let run = move || user_code::call(|| running.run(&connections));
         if let Err(error) = thread::Builder::new().name("lock-listen".to_owned()).spawn(run) {
             note!(debug, "cannot start a thread: {error}");
         }

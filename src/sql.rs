@@ -108,7 +108,7 @@ pub(crate) const INSPECT: &str = "\
 SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1), table_.kind, table_.persistence, table_.columns, table_.key, table_.hides
 FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
     SELECT c.relkind::text AS kind, c.relpersistence::text AS persistence,
-        ARRAY(SELECT a.attname || ' ' || format_type(a.atttypid, a.atttypmod)
+        ARRAY(SELECT a.attname || ' ' || replace(format_type(a.atttypid, a.atttypmod), '\"', '')
                      || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
                      || CASE WHEN a.attname = 'lock_id' AND a.attcollation <> 950
                              THEN ' of another collation' ELSE '' END
@@ -305,11 +305,12 @@ FROM (VALUES (1)) AS one LEFT JOIN seen ON true LEFT JOIN taken ON true",
        set_config('idle_in_transaction_session_timeout', '5000', true), {DURABLE}",
                 literal = literal(&table),
             ),
-            // $1 lock. Whether no acquire of it is about to commit: that has its row, or, of a first hold, its advisory lock.
+            // $1 lock. Whether no acquire of it is about to commit: that has its row, or, of a first hold, its advisory lock. It locks the
+            // row itself, and so has something to commit.
             is_settled: format!(
-                "SELECT EXISTS (SELECT FROM {table} WHERE lock_id = $1 AND version = ({newest}) AND {NOT_DURABLE} FOR KEY SHARE SKIP LOCKED)
+                "SELECT EXISTS (SELECT FROM {table} WHERE lock_id = $1 AND version = ({newest}) FOR KEY SHARE SKIP LOCKED)
     OR NOT EXISTS (SELECT FROM {table} WHERE lock_id = $1)
-       AND pg_try_advisory_xact_lock(hashtextextended($1, {literal}::regclass::oid::bigint))",
+       AND pg_try_advisory_xact_lock(hashtextextended($1, {literal}::regclass::oid::bigint)), {NOT_DURABLE}",
                 literal = literal(&table),
             ),
             // $1 lock, $2 owner, $3 lease id, $4 lease in microseconds, $5 until when it may take effect.

@@ -19,7 +19,7 @@ use crate::session::Session;
 use crate::sql::{COLUMNS, GRACE, STEP, Sql};
 use crate::sync::{Instant, thread};
 use crate::term::{Term, backoff};
-use crate::user_code::note;
+use crate::user_code::{self, note};
 use crate::workers::{Failed, MAX_TRIES, Urgency, Workers};
 
 /// How long a call waits for its answer at most, where its caller sets no limit; opening a connection comes on top.
@@ -538,7 +538,7 @@ impl PostgresStorage {
         }
         let storage = self.clone();
         let run = move || {
-            storage.inner.follow_ups.run(|work| storage.try_to_undo(work));
+            user_code::call(|| storage.inner.follow_ups.run(|work| storage.try_to_undo(work)));
         };
         if let Err(error) = thread::Builder::new().name("lock-follow-up".to_owned()).spawn(run) {
             self.inner.follow_ups.give_up();

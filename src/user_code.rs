@@ -89,6 +89,16 @@ mod tests {
     }
 
     #[test]
+    fn what_a_panic_was_raised_with_is_dropped() {
+        let owned = Arc::new(());
+        for _ in 0..3 {
+            let payload = Arc::clone(&owned);
+            assert_eq!(call(|| std::panic::panic_any(payload)), None::<()>);
+            assert_eq!(Arc::strong_count(&owned), 1);
+        }
+    }
+
+    #[test]
     fn a_callback_that_panics_when_it_is_dropped_harms_nobody() {
         let owned = PanicsInItsDrop;
         let callback: Callback<dyn Fn()> = Callback::to(Arc::new(move || _ = &owned));

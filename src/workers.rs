@@ -304,7 +304,7 @@ impl Workers {
             let started = thread::Builder::new()
                 .name("lock-worker".to_owned())
                 .stack_size(STACK_BYTES)
-                .spawn(move || worker.run());
+                .spawn(move || user_code::call(|| worker.run()));
             if let Err(source) = started {
                 // The worker was dropped with the closure, and with it its place among the workers.
                 let mut state = lock(&self.shared.state);
@@ -331,7 +331,7 @@ impl Drop for Workers {
         if let Some(connections) = self.connections.take() {
             let connections = Arc::new(Mutex::new(Some(connections)));
             let closing = Arc::clone(&connections);
-            let close = move || drop(lock(&closing).take());
+            let close = move || user_code::call(|| drop(lock(&closing).take()));
             if thread::Builder::new().name("lock-close".to_owned()).spawn(close).is_err() {
                 std::mem::forget(lock(&connections).take());
             }

@@ -737,7 +737,8 @@ fn an_acquire_that_is_about_to_commit_is_not_settled() {
     let mut transaction = acquiring.client.transaction().unwrap();
     transaction.query_typed(&table.sql.lock_creation, &[(&first.lock_id, Type::TEXT)]).unwrap();
     assert!(!undoing.is_settled(&table.sql, "l").unwrap(), "it is going to be made");
-    let ends = SystemTime::now() + LONG;
+    // As the server's clock said.
+    let ends = undoing.clock.0 + LONG;
     let parameters: [Parameter<'_>; 5] = [
         (&first.lock_id, Type::TEXT),
         (&first.owner_id, Type::TEXT),
@@ -859,4 +860,53 @@ fn a_takeover_and_a_hand_over_at_the_moment_of_expiry_never_both_succeed() {
     println!("{ROUNDS} rounds: {} handed over, {} taken over", count(&handed), count(&taken));
     assert!(handed.iter().zip(&taken).all(|(handed, taken)| !(*handed && *taken)), "two holds at once");
     assert!(count(&handed) > 20 && count(&taken) > 20, "the race was not one");
+}
+
+/// The claim's caller has gone, and its statement comes to be sent with a clock that is right.
+#[test]
+fn a_claim_whose_time_is_over_takes_nothing_and_stands_nowhere_also_if_it_is_sent_then() {
+    let second = Duration::from_secs(1);
+    let over = |lock_id: &str| Claim { expires: Instant::now().checked_sub(second).unwrap(), ..claim(lock_id, LONG) };
+    let pooled = || Session::new(client(), false, Arc::default(), 0).unwrap();
+    for mut session in [session(), pooled()] {
+        let table = Table::new();
+        let too_late = |acquired: Result<Acquired, Fault>| assert!(matches!(acquired.unwrap(), Acquired::TooLate));
+        too_late(session.acquire(&table.sql, &over("l"), None));
+        assert!(matches!(session.create(&table.sql, &over("l")).unwrap(), Acquired::Missed));
+        assert_eq!(table.count("true"), 0);
+        let mine = claim("l", LONG);
+        let version = take(&mut session, &table.sql, &mine).unwrap().version;
+        // Held, expired and released.
+        for _ in 0..3 {
+            for ticket in [None, ticket(Uuid::new_v4())] {
+                too_late(session.acquire(&table.sql, &over("l"), ticket));
+            }
+            assert!(session.hand_over(&table.sql, &mine, version, &over("l")).unwrap().is_none());
+            let mut client = client();
+            if table.count("lease_expire_time > clock_timestamp()") == 1 {
+                let expire = "lease_expire_time = clock_timestamp()";
+                client.batch_execute(&format!("UPDATE {} SET {expire}", table.sql.table)).unwrap();
+            } else {
+                assert!(release(&mut session, &table.sql, &mine, Some(version)));
+            }
+        }
+        assert_eq!(table.count(&format!("version = {version} AND waiters IS NULL")), 1);
+        // In time it is taken.
+        assert!(take(&mut session, &table.sql, &claim("l", LONG)).is_some());
+    }
+}
+
+/// Where commits wait for a standby that isn't there, it would wait too.
+#[test]
+fn who_looks_whether_a_claim_is_settled_commits_without_waiting() {
+    let table = Table::new();
+    let mut session = session();
+    take(&mut session, &table.sql, &claim("l", LONG)).unwrap();
+    session.client.batch_execute("BEGIN").unwrap();
+    assert!(session.is_settled(&table.sql, "l").unwrap());
+    let row = session.client.query_one("SELECT current_setting('synchronous_commit'), txid_current_if_assigned()", &[]);
+    let row = row.unwrap();
+    assert!(row.get::<_, Option<i64>>(1).is_some(), "there is nothing to commit");
+    assert_eq!(row.get::<_, String>(0), "off");
+    session.client.batch_execute("ROLLBACK").unwrap();
 }

@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, StorageLock};
 
-use crate::free::{side_by_side, stands_in_the_row};
+use crate::free::{hold_of_the_dead, side_by_side, stands_in_the_row};
+use crate::line::hang_durable_commits;
+use crate::settings::Role;
 use crate::support::proxy::Proxy;
-use crate::support::{Table, eventually, is_refreshed, ms, takes_at_most, waiting_thread, within};
+use crate::support::server::Server;
+use crate::support::{Table, eventually, is_refreshed, ms, short_lock, takes_at_most, waiting_thread, within};
 
 /// The last parameter of each of our statements names it, and its first text does.
 const ACQUIRE: &[u8] = b" acquire \"";
@@ -481,5 +484,258 @@ fn a_thread_that_goes_on_waiting_keeps_its_place_when_another_gives_up_without_a
         stands_in_the_row(&table, ours.waiter);
         guard.unlock().unwrap();
         takes_at_most(ms(2_000), "the patient one's turn", || patient.join().unwrap()).unwrap();
+    });
+}
+
+/// What a server says that is out of disk, of memory, of room for something, or whose disk fails.
+const PASSING: [&str; 4] = ["53100", "53200", "54000", "58030"];
+
+/// Makes each change of lock "l" by `owner`, or of any, fail until it is told to stop; counts them in a sequence.
+fn break_updates(table: &Table, code: &str, condition: &str) {
+    let sql = "CREATE SEQUENCE $T_failures;
+        CREATE FUNCTION $T_fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            PERFORM pg_catalog.nextval('public.$T_failures');
+            RAISE EXCEPTION 'no room' USING ERRCODE = '$CODE'; END $$;
+        CREATE TRIGGER fail BEFORE UPDATE ON $T FOR EACH ROW WHEN ($IF) EXECUTE FUNCTION $T_fail()";
+    let sql = sql.replace("$T", &table.name).replace("$CODE", code).replace("$IF", condition);
+    table.impatient_client().batch_execute(&sql).unwrap();
+}
+
+/// Waits until something has failed so often.
+#[track_caller]
+fn has_failed(table: &Table, times: i64) {
+    let sql = format!("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {}_failures", table.name);
+    let mut client = table.client();
+    eventually("it fails", || client.query_one(&sql, &[]).unwrap().get::<_, i64>(0) >= times);
+}
+
+fn mend_updates(table: &Table) {
+    let sql = "DROP FUNCTION $T_fail CASCADE; DROP SEQUENCE $T_failures".replace("$T", &table.name);
+    table.impatient_client().batch_execute(&sql).unwrap();
+}
+
+#[test]
+fn a_release_that_fails_for_a_moment_is_repeated_and_succeeds() {
+    side_by_side(&PASSING, |&code| {
+        let table = Table::new();
+        let guard = long_lock(&table.storage()).lock("ours").unwrap();
+        break_updates(&table, code, "true");
+        thread::scope(|scope| {
+            let unlocking = scope.spawn(|| takes_at_most(ms(2_700), "unlock", || guard.unlock()));
+            has_failed(&table, 2);
+            mend_updates(&table);
+            unlocking.join().unwrap().unwrap_or_else(|error| panic!("{code}: {error:?}"));
+        });
+        assert!(table.lock("l").try_lock("other").unwrap().is_some());
+    });
+}
+
+/// Also for reasons that don't pass by themselves, but that somebody sees to.
+#[test]
+fn a_release_that_failed_is_made_when_it_can_be() {
+    const RENAMED: &str = "renamed";
+    const NO_LOGIN: &str = "no login";
+    let cases: Vec<&str> = PASSING.into_iter().chain(["P0001", RENAMED, NO_LOGIN]).collect();
+    side_by_side(&cases, |&case| {
+        let role = (case == NO_LOGIN).then(|| Role::with(&[]));
+        let theirs = Table::new();
+        let table = match &role {
+            Some(role) => Table::of(&role.table.dsn, &theirs.name),
+            None => Table::of(&theirs.dsn, &theirs.name),
+        };
+        drop(theirs.storage());
+        let guard = long_lock(&table.storage()).lock("ours").unwrap();
+        match &role {
+            _ if case == RENAMED => _ = theirs.execute("ALTER TABLE $T RENAME TO $T_away"),
+            Some(Role { name, .. }) => {
+                theirs.execute(&format!("ALTER ROLE {name} NOLOGIN"));
+                let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '$R'";
+                theirs.execute(&sql.replace("$R", name));
+            }
+            None => break_updates(&theirs, case, "true"),
+        }
+        takes_at_most(ms(2_700), "unlock", || guard.unlock()).expect_err(case);
+        thread::sleep(ms(300));
+        match &role {
+            _ if case == RENAMED => _ = theirs.execute("ALTER TABLE $T_away RENAME TO $T"),
+            Some(Role { name, .. }) => _ = theirs.execute(&format!("ALTER ROLE {name} LOGIN")),
+            None => mend_updates(&theirs),
+        }
+        let other = theirs.lock("l");
+        within(Duration::from_secs(8), case, || other.try_lock("other").unwrap().map(drop));
+    });
+}
+
+#[test]
+fn a_wait_without_an_end_goes_on_while_the_server_is_out_of_room() {
+    side_by_side(&PASSING, |&code| {
+        let table = Table::new();
+        let guard = long_lock(&table.storage()).lock("holder").unwrap();
+        let ours = table.lock("l");
+        let waiting = waiting_thread(move || ours.lock("waiter").map(|guard| guard.version()));
+        table.hears("l", 1);
+        break_updates(&table, code, "new.owner_id = 'waiter'");
+        guard.unlock().unwrap();
+        has_failed(&table, 2);
+        mend_updates(&table);
+        let version = takes_at_most(Duration::from_secs(9), "the wait", || waiting.join().unwrap());
+        assert_eq!(version.unwrap_or_else(|error| panic!("{code}: {error:?}")), 2);
+    });
+}
+
+/// What our sessions do whose commits wait for a standby that isn't there.
+fn hanging_commits(server: &Server) -> Vec<String> {
+    let sql = "SELECT query FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'storage_lock'";
+    server.client().query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// Whoever gave it up can't see it before that, and nobody can undo it.
+#[test]
+fn a_claim_that_is_stuck_in_its_commit_for_longer_than_it_lives_leaves_no_lock_behind() {
+    let server = Server::start();
+    let tables = [0; 4].map(|_| Table::on(&server.dsn));
+    let [acquired, created, handed, registered] = &tables;
+    let [acquiring, creating, handing] = [acquired, created, handed].map(Behind::proxy);
+    drop(acquiring.lock.lock("warm-up").unwrap());
+    drop(StorageLock::new(&creating.storage, "another").unwrap().lock("warm-up").unwrap());
+    // Its statements are prepared: only its own can be lost.
+    let registering = Behind::warm(registered);
+    // Refreshed so rarely that no refresh hangs.
+    let _holder = short_lock(&registered.storage(), "l", ms(600_000), ms(200_000)).lock("holder").unwrap();
+    let guard = handing.lock.lock("first").unwrap();
+    let second = {
+        let lock = handing.lock.clone();
+        waiting_thread(move || lock.try_lock_for("second", ms(4_000)))
+    };
+    hang_durable_commits(&server);
+    thread::scope(|scope| {
+        for behind in [&acquiring, &creating] {
+            scope.spawn(|| assert!(is_timeout(behind.lock.try_lock_for("ours", ms(300)))));
+        }
+        scope.spawn(|| takes_at_most(ms(2_700), "unlock", || guard.unlock()).ok());
+        scope.spawn(|| {
+            // It comes to stand in the row, and doesn't hear of it.
+            registering.proxy.lose_answer_to(ACQUIRE);
+            assert!(!matches!(registering.lock.try_lock_for("ours", ms(500)), Ok(Some(_))));
+            assert_eq!(registering.proxy.lost_answers(), 1);
+        });
+        eventually("three commits hang", || hanging_commits(&server).len() == 3);
+    });
+    let gave_up = Instant::now();
+    assert!(!matches!(second.join().unwrap(), Ok(Some(_))));
+    [&acquiring, &creating, &handing].into_iter().for_each(|behind| behind.proxy.cut());
+    // A claim lives for 20 s, and for a second more as far as is known; and is looked for every 2 s.
+    thread::sleep(Duration::from_secs(24).saturating_sub(gave_up.elapsed()));
+    let hanging = hanging_commits(&server);
+    assert_eq!(hanging.len(), 3, "what is followed up doesn't wait for the standby: {hanging:#?}");
+    server.set("synchronous_standby_names", "");
+    eventually("they come through", || hanging_commits(&server).is_empty());
+    side_by_side(&[0, 1, 2], |&case| {
+        is_free_soon(&tables[case], ["acquire", "first hold", "hand-over"][case], Instant::now());
+    });
+}
+
+/// Each answer comes too late for whoever releases, also the one that opens a connection.
+#[test]
+fn an_acquire_that_is_given_up_is_undone_where_all_answers_are_slow() {
+    let table = Table::new();
+    let proxy = Proxy::to(&table.dsn);
+    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let lock = short_lock(&storage, "l", ms(60_000), ms(20_000));
+    drop(lock.lock("warm-up").unwrap());
+    // It has several connections.
+    thread::scope(|scope| {
+        for n in 0..3 {
+            let other = StorageLock::new(&storage, format!("other {n}")).unwrap();
+            scope.spawn(move || (0..20).for_each(|_| drop(other.lock("worker").unwrap())));
+        }
+    });
+    proxy.swallow_answers_after(ACQUIRE);
+    assert!(is_timeout(lock.try_lock_for("ours", ms(500))));
+    assert!(proxy.has_swallowed());
+    proxy.delay_answers(ms(2_200));
+    let other = table.lock("l");
+    within(Duration::from_secs(25), "the lock is free", || other.try_lock("other").unwrap().map(drop));
+}
+
+/// More of them than a storage has connections, by far.
+#[test]
+fn unlocks_of_many_holds_while_the_table_is_locked_leave_nothing_held() {
+    let table = Table::new();
+    let storage = table.storage();
+    let lock = |n: usize| short_lock(&storage, &format!("l{n}"), ms(600_000), ms(200_000));
+    let guards: Vec<LockGuard> = (0..150).map(|n| lock(n).lock("ours").unwrap()).collect();
+    let mut locking = table.client();
+    let mut transaction = locking.transaction().unwrap();
+    transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
+    thread::scope(|scope| {
+        for guard in guards {
+            scope.spawn(|| takes_at_most(ms(3_500), "unlock", || guard.unlock()).expect_err("the table is locked"));
+        }
+    });
+    // Some of what follows them up fails too: no statement waits for so long.
+    thread::sleep(ms(5_500));
+    transaction.rollback().unwrap();
+    let theirs = table.storage();
+    within(Duration::from_secs(15), "all are free", || theirs.list().unwrap().is_empty().then_some(()));
+}
+
+/// The queue of notifications is full, because some session reads none: whatever notifies would fail.
+#[test]
+fn where_the_server_takes_no_notifications_locks_are_released_handed_over_and_waited_for() {
+    let database = format!("it_{}", uuid::Uuid::new_v4().simple());
+    let mut client = crate::support::client();
+    client.batch_execute(&format!("CREATE DATABASE {database}")).unwrap();
+    let dsn = crate::support::dsn();
+    let own = dsn.replace(&format!("dbname={}", dsn.parse::<postgres::Config>().unwrap().get_dbname().unwrap()), "");
+    let table = Table::on(&format!("{own} dbname={database}"));
+    let sql = "ALTER FUNCTION pg_catalog.pg_notify(text, text) RENAME TO old_notify;
+        CREATE SEQUENCE public.refusals;
+        CREATE FUNCTION pg_catalog.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
+            PERFORM pg_catalog.nextval('public.refusals');
+            RAISE EXCEPTION 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'; END $$";
+    table.client().batch_execute(sql).unwrap();
+    let refusals = || -> i64 {
+        let sql = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM public.refusals";
+        table.client().query_one(sql, &[]).unwrap().get(0)
+    };
+    // A release for which another process waits.
+    let (ours, theirs) = (table.storage(), table.storage());
+    let (long, short) = (long_lock(&ours), short_lock(&ours, "l", ms(20_000), ms(5_000)));
+    let guard = long.lock("ours").unwrap();
+    let waiting = {
+        let lock = long_lock(&theirs);
+        waiting_thread(move || lock.lock("theirs").map(|guard| guard.unlock()))
+    };
+    table.hears("l", 1);
+    takes_at_most(ms(1_000), "unlock", || guard.unlock()).unwrap();
+    let before = refusals();
+    assert!(before > 0, "nobody was notified");
+    takes_at_most(Duration::from_secs(8), "the wait", || waiting.join().unwrap()).unwrap().unwrap();
+    // A hand-over to a shorter lease, which tells others.
+    let guard = long.lock("ours").unwrap();
+    let waiting = {
+        let lock = long_lock(&theirs);
+        waiting_thread(move || lock.lock("theirs").map(|guard| guard.unlock()))
+    };
+    table.hears("l", 1);
+    let next = waiting_thread(move || short.lock("next").map(|guard| guard.unlock()));
+    takes_at_most(ms(1_000), "unlock", || guard.unlock()).unwrap();
+    takes_at_most(Duration::from_secs(8), "the next thread's turn", || next.join().unwrap()).unwrap().unwrap();
+    takes_at_most(Duration::from_secs(8), "the wait", || waiting.join().unwrap()).unwrap().unwrap();
+    assert!(refusals() > before, "nobody was notified");
+    // One behind dead processes, which it notifies.
+    table.execute("UPDATE $T SET version = version + 1 WHERE lock_id = 'l'");
+    table.execute("DELETE FROM $T");
+    hold_of_the_dead(&table, ms(1_500));
+    table.execute("UPDATE $T SET waiters = ARRAY[gen_random_uuid(), gen_random_uuid()]");
+    let before = refusals();
+    let lock = long_lock(&theirs);
+    takes_at_most(Duration::from_secs(10), "the wait", || lock.lock("theirs")).unwrap().unlock().unwrap();
+    assert!(refusals() > before, "nobody was notified");
+    drop((ours, theirs, long, lock));
+    drop(table);
+    within(Duration::from_secs(20), "its sessions have ended", || {
+        client.batch_execute(&format!("DROP DATABASE {database}")).ok()
     });
 }

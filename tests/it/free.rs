@@ -548,6 +548,33 @@ fn no_notification_keeps_a_free_lock_from_being_taken() {
     });
 }
 
+/// It stands behind a dead process. Each of them makes it look, and tell the dead one again that it is its turn.
+#[test]
+fn no_flood_of_notifications_puts_off_the_turn_of_who_waits_behind_the_dead() {
+    let table = Table::new();
+    let theirs = Listening::on(&table);
+    hold_of_the_dead(&table, ms(600_000));
+    set_waiters(&table, "ARRAY[$D]", theirs.waiter);
+    let waiting = waits(&theirs.lock());
+    stands_in_the_row(&table, theirs.waiter);
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut client = table.client();
+            while !is_over.load(Ordering::SeqCst) {
+                notify(&mut client, theirs.waiter, &[format!("{} 0 0 l", theirs.waiter)]);
+                thread::sleep(ms(5));
+            }
+        });
+        thread::sleep(ms(500));
+        table.execute("UPDATE $T SET released_at = clock_timestamp() WHERE lock_id = 'l'");
+        let free = Instant::now();
+        let end = waiting.join();
+        is_over.store(true, Ordering::SeqCst);
+        has_it_within(2 * SOON, free, end.unwrap(), "a flood").unlock().unwrap();
+    });
+}
+
 /// How long after the end of the lease of version `dead` the next hold began, by the database's clock.
 fn took_over_after(table: &Table, dead: &Dead, waiting: Waiting, case: &str) -> Duration {
     let guard = has_it_within(PATIENCE, Instant::now(), waiting.join().unwrap(), case);

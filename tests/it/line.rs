@@ -270,7 +270,7 @@ fn short_timeouts_behind_each_other_find_the_lock_busy_and_nothing_wrong() {
 
 /// Lets durable commits hang from now on. That a setting was reloaded says little: all sessions hear of this one from the
 /// checkpointer, when it comes to it. So something is committed until a commit hangs.
-fn hang_durable_commits(server: &Server) {
+pub fn hang_durable_commits(server: &Server) {
     server.set("synchronous_standby_names", "nobody");
     let (mut probe, mut client) = (server.client(), server.client());
     let pid: i32 = probe.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);

@@ -195,3 +195,16 @@ fn a_slow_logger_slows_nobody_else() {
     assert_eq!(child.expect_line(), "logging");
     assert_eq!(child.expect_line(), "done");
 }
+
+/// A worker that waits for the logger would keep the answer from the caller, whose time is shorter than a line takes.
+#[test]
+fn a_slow_logger_costs_no_call_its_answer_and_writes_in_the_callers_thread() {
+    let table = Table::new();
+    let mut child = Process::start("log slowly", &table, &[]);
+    let lines: Vec<String> =
+        std::iter::from_fn(|| Some(child.expect_line()).filter(|line| line != "as expected")).collect();
+    for what in ["is busy", "taken over"] {
+        assert!(lines.iter().any(|line| line.contains(what)), "{what}: {lines:?}");
+    }
+    assert!(lines.iter().all(|line| line.starts_with("caller ")), "{lines:?}");
+}

@@ -3,9 +3,12 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use storage_lock::LockGuard;
+use postgres::Client;
+use storage_lock::{LockGuard, PostgresStorage, StorageLock};
 
-use crate::support::{Table, ms, short_lock, takes_at_most};
+use crate::free::side_by_side;
+use crate::support::proxy::Proxy;
+use crate::support::{Table, eventually, ms, short_lock, takes_at_most, within};
 
 #[test]
 fn five_hundred_locks_are_held_for_three_leases_with_four_connections() {
@@ -146,4 +149,161 @@ fn one_connection_is_kept_for_refreshes_and_releases() {
     });
     drop(storage);
     table.client().batch_execute(&"DROP FUNCTION $T_slow CASCADE".replace("$T", &table.name)).unwrap();
+}
+
+/// Rows that somebody's transactions keep locked: of holds, and of places in which nobody waits any more.
+struct Locked {
+    clients: Vec<Client>,
+}
+
+impl Locked {
+    /// One transaction a row. It ends when this is dropped.
+    fn rows(table: &Table, lock_ids: &[String]) -> Locked {
+        let lock = |lock_id: &String| {
+            let mut client = table.impatient_client();
+            client.batch_execute("BEGIN").unwrap();
+            let sql = format!("SELECT FROM {} WHERE lock_id = $1 FOR UPDATE", table.name);
+            assert_eq!(client.execute(&sql, &[lock_id]).unwrap(), 1);
+            client
+        };
+        Locked { clients: lock_ids.iter().map(lock).collect() }
+    }
+
+    fn end(self) {
+        self.clients.into_iter().for_each(|mut client| client.batch_execute("ROLLBACK").unwrap());
+    }
+}
+
+fn names(what: &str, number: usize) -> Vec<String> {
+    (0..number).map(|n| format!("{what}-{n}")).collect()
+}
+
+/// Holds of a process that is not there any more, for ten minutes.
+fn held_by_the_dead(table: &Table, lock_ids: &[String]) {
+    let sql = format!(
+        "INSERT INTO {} SELECT name, 1, 'dead', gen_random_uuid(), clock_timestamp(), clock_timestamp() + interval '600 s'
+         FROM unnest($1::text[]) AS name",
+        table.name
+    );
+    table.client().execute(&sql, &[&lock_ids]).unwrap();
+}
+
+/// In how many rows somebody stands.
+fn rows_with_waiters(table: &Table) -> i64 {
+    let sql = format!("SELECT count(*) FROM {} WHERE waiters IS NOT NULL", table.name);
+    table.client().query_one(&sql, &[]).unwrap().get(0)
+}
+
+/// Threads that wait for a lock each, until one deadline, in vain.
+fn wait_in_vain(storage: &PostgresStorage, lock_ids: &[String], patience: Duration) {
+    let deadline = Instant::now() + patience;
+    thread::scope(|scope| {
+        for lock_id in lock_ids {
+            scope.spawn(move || {
+                let lock = StorageLock::new(storage, lock_id).unwrap();
+                // Where so many begin at once, not all of them come to ask.
+                assert!(!matches!(lock.try_lock_until("waiter", deadline), Ok(Some(_))));
+            });
+        }
+    });
+}
+
+/// By hand; or by transactions that release a lock each, whose connections break on the caller's side only, so that the
+/// server has them open.
+#[test]
+fn holds_whose_rows_stay_locked_cost_no_other_hold() {
+    side_by_side(&["by hand", "unlock_in"], |&how| {
+        let table = Table::new();
+        let storage = table.storage();
+        let take = |what: &str, lease: Duration| -> Vec<LockGuard> {
+            let lock = |name: &String| short_lock(&storage, name, lease, lease / 5).lock("worker").unwrap();
+            names(what, 4).iter().map(lock).collect()
+        };
+        let (theirs, keep) = (take("locked", ms(10_000)), take("keep", ms(3_000)));
+        let proxies: Vec<Proxy> = theirs.iter().map(|_| Proxy::to(&table.dsn)).collect();
+        let by_hand = (how == "by hand").then(|| Locked::rows(&table, &names("locked", 4)));
+        let end = Instant::now() + ms(7_000);
+        thread::scope(|scope| {
+            for (guard, proxy) in theirs.iter().zip(&proxies).filter(|_| how == "unlock_in") {
+                let mut client = Table::of(&proxy.dsn, &table.name).client();
+                scope.spawn(move || {
+                    let transaction = guard.unlock_in(client.transaction().unwrap()).unwrap();
+                    proxy.keep_request(b"COMMIT");
+                    assert!(transaction.commit().is_err());
+                    assert_eq!(proxy.kept_requests(), 1);
+                });
+            }
+            while Instant::now() < end {
+                let lost: Vec<&str> = keep.iter().filter(|guard| !guard.is_held()).map(LockGuard::lock_id).collect();
+                assert!(lost.is_empty(), "{how}: lost {lost:?}");
+                thread::sleep(ms(10));
+            }
+        });
+        by_hand.into_iter().for_each(Locked::end);
+        proxies.iter().for_each(Proxy::deliver);
+        keep.into_iter().for_each(|guard| guard.unlock().unwrap());
+    });
+}
+
+#[test]
+fn hundreds_of_waits_that_end_at_one_deadline_leave_no_place_behind() {
+    let table = Table::new();
+    let storage = table.storage();
+    let locks = names("l", 300);
+    held_by_the_dead(&table, &locks);
+    thread::scope(|scope| {
+        scope.spawn(|| wait_in_vain(&storage, &locks, ms(3_000)));
+        eventually("most of them stand in their rows", || rows_with_waiters(&table) > 250);
+    });
+    within(Duration::from_secs(15), "nobody stands in any row", || (rows_with_waiters(&table) == 0).then_some(()));
+}
+
+/// They are tried again and again, and the release has failed too.
+#[test]
+fn places_in_locked_rows_keep_no_release_waiting() {
+    let table = Table::new();
+    let storage = table.storage();
+    let locks = names("l", 12);
+    held_by_the_dead(&table, &locks);
+    let guard = short_lock(&storage, "keep", ms(300_000), ms(60_000)).lock("worker").unwrap();
+    let places = thread::scope(|scope| {
+        scope.spawn(|| wait_in_vain(&storage, &locks, ms(1_500)));
+        eventually("all of them stand in their rows", || rows_with_waiters(&table) == 12);
+        Locked::rows(&table, &locks)
+    });
+    let row = Locked::rows(&table, &["keep".to_owned()]);
+    takes_at_most(ms(2_700), "unlock", || guard.unlock()).unwrap_err();
+    thread::sleep(ms(3_000));
+    assert_eq!(rows_with_waiters(&table), 12, "the rows weren't locked");
+    row.end();
+    let theirs = table.lock("keep");
+    within(ms(5_000), "the lock is free", || theirs.try_lock("other").unwrap().map(drop));
+    places.end();
+    within(Duration::from_secs(15), "nobody stands in any row", || (rows_with_waiters(&table) == 0).then_some(()));
+}
+
+/// A storage with two connections, of which one is for refreshes and releases.
+#[test]
+fn a_place_in_a_locked_row_keeps_no_other_call_waiting() {
+    let table = Table::new();
+    let storage = PostgresStorage::new(table.options().max_connections(2)).unwrap();
+    held_by_the_dead(&table, &names("l", 1));
+    let place = thread::scope(|scope| {
+        scope.spawn(|| wait_in_vain(&storage, &names("l", 1), ms(700)));
+        eventually("it stands in the row", || rows_with_waiters(&table) == 1);
+        Locked::rows(&table, &names("l", 1))
+    });
+    let keep = short_lock(&storage, "keep", ms(3_000), ms(500)).lock("worker").unwrap();
+    let end = Instant::now() + ms(5_000);
+    while Instant::now() < end {
+        let other = StorageLock::new(&storage, "other").unwrap();
+        // Far more than a statement takes, and less than a row is waited for elsewhere.
+        let guard = other.try_lock_for("worker", ms(1_500)).expect("in time").expect("it is free");
+        guard.unlock().unwrap();
+        assert!(keep.is_held());
+        thread::sleep(ms(20));
+    }
+    assert_eq!(rows_with_waiters(&table), 1, "the row wasn't locked");
+    place.end();
+    within(Duration::from_secs(15), "nobody stands in any row", || (rows_with_waiters(&table) == 0).then_some(()));
 }

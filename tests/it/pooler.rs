@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use postgres::{Client, Config, NoTls};
 
-use crate::support::{Table, dsn, is_refreshed, ms, short_lock, within};
+use crate::settings::{Role, recognises_its_table};
+use crate::support::{Table, dsn, is_refreshed, ms, short_lock, takes_at_most, within};
 
 pub struct Pgbouncer {
     pub dsn: String,
@@ -24,6 +25,10 @@ pub struct Pgbouncer {
 impl Pgbouncer {
     /// With two server connections, which it hands out in turns.
     pub fn start(settings: &str) -> Option<Pgbouncer> {
+        Pgbouncer::before(&dsn(), settings)
+    }
+
+    fn before(dsn: &str, settings: &str) -> Option<Pgbouncer> {
         let binary = ["pgbouncer", "/usr/sbin/pgbouncer"].into_iter().find(|binary| {
             Command::new(binary).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
         });
@@ -32,7 +37,7 @@ impl Pgbouncer {
             println!("pgbouncer is not there: not tested");
             return None;
         };
-        let config: Config = dsn().parse().unwrap();
+        let config: Config = dsn.parse().unwrap();
         let (user, database) = (config.get_user().unwrap(), config.get_dbname().unwrap());
         let password = String::from_utf8(config.get_password().unwrap().to_vec()).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -121,5 +126,39 @@ fn a_pooler_that_refuses_start_up_options_is_recognised() {
 fn a_pooler_that_drops_start_up_options_is_recognised() {
     if let Some(pgbouncer) = Pgbouncer::start("ignore_startup_parameters = options") {
         works(&pgbouncer);
+    }
+}
+
+/// It would go on to hear what is meant for us, and keep it for its own client.
+#[test]
+fn no_session_that_another_client_gets_listens_after_a_wait() {
+    let Some(pgbouncer) = Pgbouncer::start("") else { return };
+    let table = Table::new();
+    let guard = table.lock("l").lock("holder").unwrap();
+    let through = Table::of(&pgbouncer.dsn, &table.name);
+    for _ in 0..4 {
+        // One each, as each finds out for itself that there is a pooler.
+        assert!(through.lock("l").try_lock_for("waiter", ms(500)).unwrap().is_none());
+        let mut client = Client::connect(&pgbouncer.dsn, NoTls).unwrap();
+        for _ in 0..2 {
+            let messages = client.simple_query("SELECT count(*) FROM pg_listening_channels()").unwrap();
+            for message in messages {
+                if let postgres::SimpleQueryMessage::Row(row) = message {
+                    assert_eq!(row.get(0), Some("0"), "another client's session listens");
+                }
+            }
+        }
+    }
+    guard.unlock().unwrap();
+    let lock = through.lock("l");
+    takes_at_most(ms(5_000), "the next one's turn", || lock.lock("waiter").unwrap().unlock().unwrap());
+}
+
+/// Its settings can't be sent.
+#[test]
+fn a_role_that_quotes_all_identifiers_behind_a_pooler() {
+    let role = Role::with(&["quote_all_identifiers = on"]);
+    if let Some(pgbouncer) = Pgbouncer::before(&role.table.dsn, "") {
+        recognises_its_table(&Table::of(&pgbouncer.dsn, &role.table.name));
     }
 }

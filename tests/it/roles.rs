@@ -35,6 +35,7 @@ fn child_process() {
         ("hand to a shorter lease", [lock_id]) => hand_to_a_shorter_lease(&table, lock_id),
         ("take with a shorter lease", [lock_id, how]) => take_with_a_shorter_lease(&table, lock_id, how),
         ("panic within the driver", []) => panic_within_the_driver(&table),
+        ("log slowly", []) => log_slowly(&table),
         ("panic at every line", []) => panic_at_every_line(&table),
         ("cycles", []) => leaks::cycles(&table),
         ("failed connects", [closing]) => leaks::failed_connects(&table, closing.parse().unwrap()),
@@ -416,7 +417,7 @@ fn panic_within_the_driver(table: &Table) {
         }
         fn log(&self, record: &log::Record<'_>) {
             if record.target().starts_with("tokio_postgres") && IS_DUE.swap(false, Ordering::SeqCst) {
-                panic!("as planned");
+                std::panic::panic_any(PanicsInItsDrop);
             }
         }
         fn flush(&self) {}
@@ -430,6 +431,26 @@ fn panic_within_the_driver(table: &Table) {
         eventually("it panicked", || !IS_DUE.load(Ordering::SeqCst));
         is_refreshed(&guard);
         assert!(guard.is_held());
+    }
+    // A call of its caller's, in which the hold ends; it is made again.
+    IS_DUE.store(true, Ordering::SeqCst);
+    guard.unlock().unwrap();
+    // Where a connection is opened, and where the one that listens is.
+    let guard = table.lock("l").lock("other").unwrap();
+    table.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%$T%' AND pid <> pg_backend_pid()",
+    );
+    for _ in 0..5 {
+        let storage = table.storage();
+        let lock = storage_lock::StorageLock::new(&storage, "l").unwrap();
+        // At its end it may have no answer.
+        let waiting = waiting_thread(move || drop(lock.try_lock_for("waiter", ms(700))));
+        IS_DUE.store(true, Ordering::SeqCst);
+        eventually("it panicked", || !IS_DUE.load(Ordering::SeqCst));
+        waiting.join().unwrap();
+        IS_DUE.store(true, Ordering::SeqCst);
+        drop(PostgresStorage::new(table.options()));
+        IS_DUE.store(false, Ordering::SeqCst);
     }
     guard.unlock().unwrap();
     IS_DUE.store(true, Ordering::SeqCst);
@@ -538,5 +559,41 @@ fn log_to_a_logger_that_panics(table: &Table) {
     drop(guard);
     assert_eq!(unlucky.join().expect("no panic").unwrap(), 2);
     assert_eq!(takes_at_most(Duration::from_secs(5), "the next one's turn", || next.join().unwrap().unwrap()), 3);
+    say("as expected");
+}
+
+/// A logger that takes a second for each line of the library's. Says what thread wrote which.
+fn log_slowly(table: &Table) {
+    struct Slow;
+    impl log::Log for Slow {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            let text = record.args().to_string();
+            if record.target() == "storage_lock" && (text.contains("taken over") || text.contains("is busy")) {
+                say(format!("{} {text}", thread::current().name().unwrap_or_default()));
+                thread::sleep(Duration::from_secs(1));
+            }
+        }
+        fn flush(&self) {}
+    }
+    let lock = table.short_lock("l", ms(5_000), ms(1_000));
+    drop(lock.lock("worker").expect("lock"));
+    let forgotten = table.lock("l").lock("dead").expect("lock");
+    log::set_logger(&Slow).unwrap();
+    log::set_max_level(log::LevelFilter::Debug);
+    let caller = |run: Box<dyn FnOnce() + Send>| {
+        let thread = thread::Builder::new().name("caller".to_owned()).spawn(run).expect("a thread");
+        thread.join().expect("no panic");
+    };
+    let (busy, expired) = (lock.clone(), lock);
+    caller(Box::new(move || assert!(busy.try_lock_for("worker", ms(300)).expect("in time").is_none())));
+    table.expire("l");
+    caller(Box::new(move || {
+        let guard = expired.try_lock_for("worker", ms(300)).expect("in time").expect("it has expired");
+        assert!(guard.is_held());
+    }));
+    std::mem::forget(forgotten);
     say("as expected");
 }

@@ -149,3 +149,60 @@ fn two_at_once_do_not_meet() {
     }
     assert!(!Path::new(&one_folder).exists() && !Path::new(&other_folder).exists());
 }
+
+/// Killed at any moment, from its first on; but for the few milliseconds of SIGKILL before there is a watcher.
+#[test]
+fn it_leaves_nothing_behind_however_soon_it_ends() {
+    let folders = || -> Vec<_> {
+        let files = std::fs::read_dir("/tmp").unwrap().flatten().map(|file| file.path());
+        files.filter(|path| path.to_string_lossy().contains("storage-lock-postgres.")).collect()
+    };
+    for round in 0..12_u64 {
+        let before = folders();
+        let mut child = script(&["--fast", "sleep", "60"]).process_group(0).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(round * 15));
+        let signal = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP][usize::try_from(round).unwrap() % 3];
+        // Before it has begun to listen to signals, it ends as anything does.
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        child.wait().unwrap();
+        // Other tests start and end servers at the same time.
+        let ours: Vec<_> = folders().into_iter().filter(|folder| !before.contains(folder)).collect();
+        let owner = format!("/proc/{}", child.id());
+        assert!(!Path::new(&owner).exists());
+        for folder in ours {
+            let is_anothers = || folder.join("server/data/postmaster.pid").exists() || folder.join("command").exists();
+            eventually("it is gone, or another test's", || !folder.exists() || is_anothers());
+        }
+    }
+}
+
+#[test]
+fn a_command_whose_script_was_killed_ends_with_its_server() {
+    let (mut child, folder) = start_sleeping(&[]);
+    let command: i32 = std::fs::read_to_string(Path::new(&folder).join("command")).unwrap().trim().parse().unwrap();
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL).unwrap();
+    child.wait().unwrap();
+    eventually("the command has ended", || kill(Pid::from_raw(command), None).is_err());
+    eventually("nothing is left", || !Path::new(&folder).exists());
+}
+
+/// What a caller has set for servers of its own has no say in ours.
+#[test]
+fn settings_for_other_servers_are_not_for_this_one() {
+    let mut script = script(&["--fast", "--standby", "async", "sh", "-c", "echo \"$STORAGE_LOCK_POSTGRESQL_DSN\""]);
+    script.envs([("PGSSLMODE", "verify-full"), ("PGHOST", "nowhere.invalid"), ("PGPORT", "1"), ("PGDATA", "/nowhere")]);
+    let (code, dsn) = output(&mut script);
+    assert_eq!(code, 0);
+    assert!(dsn.contains("target_session_attrs=read-write"), "{dsn}");
+}
+
+/// A shell with CDPATH goes elsewhere with `cd scripts/..`.
+#[test]
+fn scripts_find_their_own_folder_whatever_cdpath_is() {
+    let trap = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cdpath");
+    std::fs::create_dir_all(trap.join("scripts")).unwrap();
+    let mut check = Command::new("scripts/planted-bugs.sh");
+    check.arg("--check").current_dir(env!("CARGO_MANIFEST_DIR")).env("CDPATH", &trap).stdout(Stdio::null());
+    assert!(check.status().unwrap().success());
+    assert_eq!(std::fs::read_dir(&trap).unwrap().count(), 1, "something was made there");
+}

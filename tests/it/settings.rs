@@ -9,13 +9,13 @@ use uuid::Uuid;
 use crate::support::{Table, client, dsn, eventually, ms};
 
 /// A role of its own with the given settings, and a table that it owns.
-struct Role {
-    name: String,
-    table: Table,
+pub struct Role {
+    pub name: String,
+    pub table: Table,
 }
 
 impl Role {
-    fn with(settings: &[&str]) -> Role {
+    pub fn with(settings: &[&str]) -> Role {
         let name = format!("it_role_{}", Uuid::new_v4().simple());
         let mut client = client();
         client.batch_execute(&format!("CREATE ROLE {name} LOGIN SUPERUSER PASSWORD 'strange'")).unwrap();
@@ -67,6 +67,21 @@ fn a_role_with_strange_formats_and_languages() {
     works(&Role::with(&["timezone = 'Asia/Kathmandu'", "datestyle = 'SQL, DMY'", "intervalstyle = 'iso_8601'"]).table);
     works(&Role::with(&["lc_messages = 'C'", "extra_float_digits = -15", "bytea_output = 'escape'"]).table);
     works(&Role::with(&["standard_conforming_strings = off", "client_encoding = 'LATIN1'"]).table);
+}
+
+/// Also the one that another storage has made.
+pub fn recognises_its_table(table: &Table) {
+    works(table);
+    assert!(PostgresStorage::new(table.options().create_table(false)).is_ok());
+}
+
+/// The server then writes `"text"` for `text`.
+#[test]
+fn a_role_or_a_dsn_that_quotes_all_identifiers() {
+    recognises_its_table(&Role::with(&["quote_all_identifiers = on"]).table);
+    let table = Table::new();
+    let dsn = format!("{} options='-c quote_all_identifiers=on'", table.dsn);
+    recognises_its_table(&Table::of(&dsn, &table.name));
 }
 
 #[test]

@@ -179,3 +179,28 @@ fn a_table_whose_rows_may_be_hidden_from_the_role_is_refused() {
     drop(as_role);
     client.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).unwrap();
 }
+
+/// The statements count places from 1, in one dimension.
+#[test]
+fn waiters_that_no_statement_would_find_are_refused() {
+    let table = Table::new();
+    drop(table.lock("l").lock("worker").unwrap());
+    let set = |waiters: &str| {
+        let sql = format!("UPDATE {} SET waiters = {waiters}", table.name);
+        table.client().batch_execute(&sql)
+    };
+    let id = "gen_random_uuid()";
+    for waiters in [
+        format!("ARRAY[[{id}, {id}]]"),
+        format!("ARRAY[[{id}], [{id}]]"),
+        format!("array_fill({id}, ARRAY[2], ARRAY[0])"),
+        format!("array_fill({id}, ARRAY[2], ARRAY[5])"),
+        format!("array_fill({id}, ARRAY[1, 1])"),
+    ] {
+        let error = set(&waiters).expect_err(&waiters);
+        assert_eq!(error.code(), Some(&postgres::error::SqlState::CHECK_VIOLATION), "{waiters}: {error:?}");
+    }
+    for waiters in ["NULL".to_owned(), format!("ARRAY[{id}, NULL, {id}]"), format!("array_fill({id}, ARRAY[3])")] {
+        set(&waiters).expect(&waiters);
+    }
+}
