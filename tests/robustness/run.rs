@@ -47,6 +47,7 @@ pub struct Report {
 
 /// Runs a seed, and judges it when its processes have ended, which the next run needn't wait for.
 pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
+    let watch = Watch::start(WORKERS + WAITING);
     let plan = Plan::draw(seed, WORKERS, FAULTS, TIMES.lease);
     let habits = Habits { panic: plan.panics, have_other_leases: plan.leases };
     let run = Run::new(&format!("seed-{seed}"), locked(server).dsn.clone());
@@ -57,7 +58,6 @@ pub fn run(seed: u64, server: &Arc<Mutex<Server>>) -> JoinHandle<Report> {
     fs::write(&clock_file, "+0").expect("write the clock");
     let workers = run.start(seed, dsns, WAITING, habits, clock);
     let faults = Mutex::default();
-    let watch = Watch::start(WORKERS + WAITING);
     let targets = Targets {
         workers: &workers,
         proxies: &proxies,
