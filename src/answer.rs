@@ -29,7 +29,8 @@ impl From<postgres::Error> for Fault {
 pub(crate) struct Claim {
     pub(crate) lock_id: String,
     pub(crate) owner_id: String,
-    /// Made before the statement is sent, and sent once: what came of it without an answer can be found, and undone.
+    /// Made before the statement is sent. After a lost answer it isn't sent again: what it took is found by it, and
+    /// undone.
     pub(crate) lease_id: Uuid,
     pub(crate) lease: Duration,
     /// After this its statement takes no effect, however late it comes to be sent or served.
@@ -74,7 +75,7 @@ pub(crate) enum Acquired {
     TooLate,
 }
 
-/// A lock that can't be had now, as its row says that a waiter's registration wrote.
+/// A lock that can't be had now, as its row says; for a waiter, the row as its own registration wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Busy {
     pub(crate) version: i64,

@@ -1,13 +1,17 @@
 //! What was left unfinished: acquires and releases whose outcome nobody knows, and places in rows for nobody.
 //!
-//! One thread of a storage, while there is something to do, releases what such a claim may have taken, or may not have given
-//! back. A claim is named by its lease, so this hurts nobody else. Whoever gives a call up that had been started hands its claim over
-//! here at that moment, while the call itself may be stuck. It ends when the database has confirmed the release, when nothing can come
-//! of the claim any more (it has expired, and nobody is about to commit an acquire), when the lease has run out by itself, or
-//! after ten minutes.
+//! One thread of a storage, while there is something to do, releases what such a claim may have taken, or may not have
+//! given back. A claim is named by its lease, so this touches no other hold. A caller that gives up a started call
+//! hands its claim over here immediately, while the call itself may still be stuck.
 //!
-//! Claims go before places, and what has failed less often before what fails again and again: one that a locked row keeps waiting
-//! delays no other.
+//! The follow-up of a claim ends at the first of these:
+//! - the database has confirmed the release;
+//! - the claim has expired, and no acquire of the lock is about to commit;
+//! - the lease has run out by itself;
+//! - ten minutes have passed.
+//!
+//! Claims go before places in rows. Work that has failed less often goes first, so that a locked row delays its own
+//! work only.
 
 use std::cmp::Reverse;
 use std::time::Duration;

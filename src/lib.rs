@@ -58,19 +58,20 @@
 //! database, and only while the lock isn't held by its own process, where a release hands it to the next thread in one statement.
 //!
 //! A process that finds a lock busy puts itself into the lock's row, behind others that wait, and listens (`LISTEN`) for the release, on
-//! one connection a storage, beside the pool, which is opened when somebody waits and closed when nobody has for 10 s. Only a
-//! release of a lock that somebody waits for notifies: the first two processes in the row and the last one, however many wait. While other
-//! processes wait, a process passes the lock among its own threads for 10 ms at most.
+//! one connection a storage, beside the pool, which is opened when somebody waits and closed when nobody has for 10 s.
+//! A release notifies the first two processes in the row and the last one, however many wait. If nobody waits, it sends
+//! nothing. While other processes wait, a process passes the lock among its own threads for 10 ms at most.
 //!
 //! A free lock is promised to the first process in the row for 100 ms, whether it was released or its lease ran out. After that, a
 //! process behind others notifies those before it, gives them 10 ms each (1 s at most) and a twentieth of a second more, and takes the lock
 //! if nobody else has. Those before it leave the row: whoever of them still wants the lock asks, and stands at its end.
 //! [`try_lock`](StorageLock::try_lock) doesn't wait in that order: it takes a lock that is free, promised or not, or goes away.
 //!
-//! Nothing depends on a notification. A waiter knows when the lease would end that it read from the row, and looks then: that is how it gets
-//! the lock of a holder that died. And it looks by itself every 5 s, whatever it was told; every 15 s at most where more than
-//! 50 processes wait. So a lock that became free and of which nobody was notified (because the row was changed by hand, say) is
-//! found within that time. Without `LISTEN` (behind a pooler in transaction mode, or while the connection is lost) waiters ask
+//! A lost notification delays a waiter, but never strands it. A waiter reads the end of the lease from the row, and
+//! looks then: that is how it gets the lock of a dead holder. It also looks by itself at least every 5 s, whatever it
+//! was told (every 15 s where more than 50 processes wait). So a lock that was freed without a notification, for
+//! example by hand, is found within that time.
+//! Without `LISTEN` (behind a pooler in transaction mode, or while the connection is lost) waiters ask
 //! at growing intervals of up to a second.
 //!
 //! # Guarantees and limits
@@ -104,8 +105,10 @@
 //! | `debug` | a lock was acquired, busy or released; a connection was opened; a wait goes on although the database is out of reach |
 //! | `trace` | a lease was refreshed |
 //!
-//! A logger that takes long delays the thread that writes the line, as a slow callback does: that of a refresh, too. One that panics
-//! harms nothing; but the driver (target `tokio_postgres`) writes lines at `debug` within each call, which then fails: filter them.
+//! A slow logger delays the thread that writes the line, as a slow callback does; a delayed refresh can lose the hold.
+//! A logger that panics costs the line. But the driver (target `tokio_postgres`) logs at `debug` within each call. A
+//! panic there costs the connection, and the call is repeated on another one, three times at most. So filter the
+//! driver's lines.
 //!
 //! # Versions
 //!

@@ -44,8 +44,8 @@ struct Line {
     /// How often the answer was that nobody will tell us, while the lock stayed with this version.
     rounds: u32,
     seen: Option<i64>,
-    /// Those before us in the row have been notified by our last statement, or by somebody behind us, as a notification says. What a
-    /// notification says doesn't replace what we know.
+    /// When this process may take the lock, as those before it were notified: first by its own statement, second by
+    /// somebody else's (a release, or a waiter behind it), as a notification said. Neither replaces the other.
     turns: [Option<Due>; 2],
     /// It has been seen that the lock is somebody's: those in the line wait, and don't try for the first time.
     is_busy: bool,
@@ -256,8 +256,9 @@ impl Lines {
         is_handed
     }
 
-    /// This process is notified that a lock is free, or may be soon: it looks after `delay`, and may then take it in version `turn`. Nothing
-    /// depends on whether that is true: it looks by itself, too, and the row says what there is.
+    /// A notification says that a lock is free, or soon will be. This process looks after `delay`, and may then take
+    /// the lock in version `turn`. A false notification does no harm: the row decides, and the process also looks by
+    /// itself.
     pub(crate) fn notified(&self, lock_id: &str, delay: Duration, turn: Option<i64>) {
         if let (Some(line), Some(at)) = (lock(&self.0).get_mut(lock_id), Instant::now().checked_add(delay)) {
             let [_, notified] = &mut line.turns;

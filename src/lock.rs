@@ -62,8 +62,11 @@ impl StorageLock {
 
     /// Takes the lock, waiting for as long as it takes, in the order in which threads and processes came.
     ///
-    /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error. A table that
-    /// somebody has locked (`VACUUM FULL`, `ALTER TABLE`) is waited for as a busy lock is, from the first attempt on; not so behind a pooler, which doesn't pass our time-outs on.
+    /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error.
+    ///
+    /// While somebody has locked the table (`VACUUM FULL`, `ALTER TABLE`), the lock counts as busy, and the wait goes
+    /// on. The server finds that out after 4 s. Behind a pooler it doesn't, because our timeouts don't reach it: there,
+    /// such an attempt ends with [`Error::Timeout`](crate::Error::Timeout).
     ///
     /// # Errors
     /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt comes back
@@ -79,8 +82,10 @@ impl StorageLock {
         }
     }
 
-    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 4 s (not behind a pooler). It doesn't wait in the order of the others: a
-    /// lock that is free, and promised to a process that waits, is taken. Blocks for at most the connect timeout and 5 s.
+    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 4 s (not behind a pooler).
+    ///
+    /// It ignores the order of those who wait: it takes a free lock even if the lock is promised to a process that
+    /// waits. Blocks for at most the connect timeout and 5 s.
     ///
     /// # Errors
     /// As [`lock`](Self::lock).
@@ -93,7 +98,8 @@ impl StorageLock {
     ///
     /// # Errors
     /// As [`lock`](Self::lock), and, if the database was out of reach at the end, the last error, or
-    /// [`Error::Timeout`](crate::Error::Timeout) for one that waited behind another thread.
+    /// [`Error::Timeout`](crate::Error::Timeout) for one that waited behind another thread. A locked table can cause
+    /// the same [`Error::Timeout`](crate::Error::Timeout), if `timeout` ends before the server has waited for 4 s.
     pub fn try_lock_for(&self, owner_id: &str, timeout: Duration) -> Result<Option<LockGuard>> {
         self.acquire(owner_id, Patience::lasting(timeout))
     }

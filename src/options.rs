@@ -124,10 +124,12 @@ impl PostgresStorageOptions {
     ///
     /// Example `prometheus` turns all of them into metrics.
     ///
-    /// It is called on the thread to which it happens, also on several at once: a caller's, before its call returns; one that refreshes a lease;
-    /// or one that has opened a connection. So it has to be quick: count, or send it elsewhere. One that takes long delays that
-    /// thread, and those of the process that wait for the same lock; and a hold is lost whose refresh is delayed for too long. No mutex is held, and it may use the storage; but it must not
-    /// wait for a lock, because the thread that it is on may be the one to release it, and what it does to locks is told as well. If it
+    /// It is called on the thread to which it happens, and on several threads simultaneously: a caller's, before its
+    /// call returns; one that refreshes a lease; or one that has opened a connection. So it has to be quick: count, or
+    /// send the event elsewhere. A slow one delays that thread, and the threads of the process that wait for the same
+    /// lock. If it delays a refresh for too long, the hold is lost. No mutex is held, and it may use the storage. It
+    /// must not wait for a lock, because its thread may be the one to release that lock. What it does to locks causes
+    /// events, too. If it
     /// panics, a warning is logged, and everything goes on. If it keeps a clone of the storage, or a lock or guard of it, the storage
     /// is never closed.
     #[must_use]
@@ -331,8 +333,9 @@ impl LockOptions {
     /// before the hold's deadline, so before anybody else can own the lock, also while the server is frozen or the network swallows packets.
     /// From then on [`is_held`](crate::LockGuard::is_held) is false. Default: nothing.
     ///
-    /// In a process that is stopped, or an [`on_event`](PostgresStorageOptions::on_event) or a logger that takes long, it is as late as that. The loss is logged,
-    /// and told as an event, after it has come back: one that ends the process has to log by itself.
+    /// The call comes late while the process is stopped, or while [`on_event`](PostgresStorageOptions::on_event) or a
+    /// logger blocks the thread. The library logs the loss, and sends its event, after the callback has returned. A
+    /// callback that ends the process has to log by itself.
     ///
     /// Not called for a hold whose guards had gone before it was found to be lost: `unlock` said so, or drop logged it. An inner guard of a lock
     /// that was taken more than once shares the hold, and what the first one set. If it panics, a warning is logged, and nothing else

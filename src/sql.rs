@@ -18,15 +18,18 @@
 //!   time, its row is always locked by somebody who is about to commit.
 //! - A **free** lock (released, or with its lease over) is promised to the first in the row for [`GRACE`]. The promise counts
 //!   from the moment at which the lock became free; a moment that the clock has yet to reach doesn't count, as the
-//!   database's clock may have been set back. After it, a waiter behind others takes the lock in two steps. It **notifies**
-//!   those before it, and learns the version. It gives them [`STEP`] each, and takes the lock if it is still free in that version:
-//!   whoever of them is alive has come before. The taker sends those before it away. So dead processes cost the others a
-//!   moment, once, however many they are, and nobody who is alive is passed over.
-//! - A **release** notifies the first two and the last of the waiters, however many there are. The first takes the lock; the second looks
-//!   after [`GRACE`], and the last a little later: of many it is the likeliest to be alive. Nothing depends on a
+//!   database's clock may have been set back. After it, a waiter behind others takes the lock in two steps. It
+//!   **notifies** those before it, and learns the version. It gives them [`STEP`] each (a second in all at most) and 50
+//!   ms more. Then it takes the lock if it is still free in that version, and removes those before it from the row. So
+//!   dead processes cost the others a moment, once, however many they are. A live one loses its place only if it is too
+//!   slow to come in that time.
+//! - A **release** notifies the first two and the last of the waiters, however many there are. The first takes the
+//!   lock. The second looks after [`GRACE`], and the last [`STEP`] later for each between them (a second at most): of
+//!   many, the last is the likeliest to be alive. Nothing depends on a
 //!   notification: each waiter looks by itself from time to time ([`crate::answer::Busy`]).
-//! - A late copy of an acquire must not take the lock for nobody. Each claim is sent once, and its statement does nothing after an
-//!   instant of the database's clock, so that whoever follows it up knows when to stop ([`crate::follow_up`]).
+//! - A late copy of an acquire must not take the lock for nobody. A claim is sent again only after an answer that it
+//!   took nothing. Its statement does nothing after an instant of the database's clock, so that the follow-up knows
+//!   when to stop ([`crate::follow_up`]).
 //! - A **fence** locks the row in the caller's own transaction, against a move of the key and nothing else (`FOR KEY SHARE`): acquirers
 //!   skip it as they skip each other, refreshes and releases go on. It waits for an acquire that has the row: not only one that takes
 //!   it, but also one that came too late, and keeps the row of its winner until it has committed nothing. It compares the

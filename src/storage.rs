@@ -282,8 +282,9 @@ impl PostgresStorage {
         self.inner.listener.start(&self.inner.lines, self.inner.workers.connections());
     }
 
-    /// Tries to take the lock once, repeating after `misses` at most; with a ticket it keeps to the order of the row. Each claim is made
-    /// once: where nobody knows what came of one, it is released, the next try makes another one, and the first is followed up.
+    /// Tries to take the lock, again after each of up to `misses` misses. With a ticket it keeps to the order of the
+    /// row. A claim whose answer was lost is followed up, and not sent again: the next try releases it, and makes a new
+    /// one.
     pub(crate) fn acquire(
         &self,
         new_claim: impl Fn(Instant) -> Claim,

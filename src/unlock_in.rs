@@ -77,9 +77,10 @@ impl LockGuard {
     /// wait, it notifies them, which `PREPARE TRANSACTION` doesn't allow.
     ///
     /// # Errors
-    /// As [`fence`](Self::fence); and [`Error::Fence`](crate::Error::Fence) if another transaction releases the lock
-    /// already, may have done so, the transaction is not a whole one, or there are other guards. The transaction is
-    /// rolled back (of one within another one, this part), and the lock is held as before, or lost as the error says.
+    /// As [`fence`](Self::fence). [`Error::Fence`](crate::Error::Fence) also if another transaction releases the lock,
+    /// or may have released it, if the transaction is within another one, or if the lock was taken more than once. The
+    /// transaction is rolled back (of one within another one, this part). The lock is held as before, or lost as the
+    /// error says.
     pub fn unlock_in<'a>(&'a self, mut transaction: Transaction<'a>) -> Result<UnlockTransaction<'a>> {
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost());
@@ -147,9 +148,9 @@ impl UnlockTransaction<'_> {
     /// # Errors
     /// [`Error::Database`](crate::Error::Database) if a statement of the transaction had failed, or the server refused
     /// to commit: then it is rolled back. [`Error::Fence`](crate::Error::Fence) if the release is not in the
-    /// transaction any more: a part of it was rolled back, or a statement has ended it before, by a commit, a rollback
-    /// or as a prepared one; what is in it now is rolled back, and the error says what became of the lock. After each
-    /// of them [`is_held`](LockGuard::is_held) is true again if the database says so.
+    /// transaction any more, because a savepoint was rolled back, or a statement had committed, rolled back or prepared
+    /// the transaction. What is in it now is rolled back, and the error says what became of the lock. After each of
+    /// these errors [`is_held`](LockGuard::is_held) is true again if the database finds the hold.
     ///
     /// If the connection broke in the commit, up to 2 s are used to find out what became of it: a commit that happened
     /// is `Ok`. If that can't be found out, because the database doesn't answer, or the hold's deadline has passed, it

@@ -1,7 +1,7 @@
 //! Code of the user's that the library calls: callbacks, and the logger.
 //!
-//! It may panic, where the library may not: not in the caller's thread, and not in a thread that keeps a hold. A logger
-//! that writes to a closed pipe does. So each of these calls is made here.
+//! It may panic: a logger that writes to a closed pipe does. Such a panic must reach neither the caller's thread nor a
+//! thread of the library. So each of these calls is made here, and its panic ends here.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
