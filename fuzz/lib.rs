@@ -31,6 +31,9 @@ mod sync;
 #[path = "../src/term.rs"]
 mod term;
 #[allow(dead_code)]
+#[path = "../src/user_code.rs"]
+mod user_code;
+#[allow(dead_code)]
 #[path = "../src/wait.rs"]
 mod wait;
 
