@@ -229,7 +229,7 @@ fn callbacks_that_panic_with_what_panics_when_it_is_dropped_harm_nothing() {
     let (sender, told) = channel();
     let (sender, owned) = (Mutex::new(sender), PanicsInItsDrop);
     let options =
-        LockOptions::new("l").lease_expire_after(ms(1_500)).lease_refresh_interval(ms(50)).on_lost(move |_| {
+        LockOptions::new("l").lease_expire_after(ms(10_000)).lease_refresh_interval(ms(50)).on_lost(move |_| {
             _ = &owned;
             sender.lock().unwrap().send(()).unwrap();
             panic_any(PanicsInItsDrop);
