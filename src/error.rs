@@ -7,6 +7,9 @@ use postgres::error::SqlState;
 /// What `Result` means in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// An error of any kind.
+pub(crate) type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why an operation failed.
 ///
 /// The text says what was being done; the cause, where there is one, is in [`source`](std::error::Error::source) and
@@ -27,10 +30,13 @@ pub enum Error {
     },
 
     /// No connection could be opened: refused, unreachable, wrong password, unknown database, too many connections.
-    #[error("cannot open a connection to PostgreSQL")]
+    #[error("cannot open a connection to PostgreSQL at {address}")]
     Connect {
-        /// What the client or the server said.
-        source: postgres::Error,
+        /// Where it was tried: host, address and port. Where there are several, this is one of them, and what became of the others
+        /// follows.
+        address: String,
+        /// What was wrong there: a [`postgres::Error`], or the [`std::io::Error`] of what didn't come so far.
+        source: Cause,
     },
 
     /// The time allowed was over before the database answered. What was asked may or may not have happened.
@@ -83,6 +89,10 @@ pub enum Error {
         problem: &'static str,
     },
 
+    /// This process was forked from the one that opened the storage, and shares its connections, but has none of its threads.
+    #[error("this process was forked from the one that opened the storage: open a storage of its own in it")]
+    Forked,
+
     /// The operating system gave no further thread.
     #[error("cannot start a thread")]
     Thread {
@@ -99,22 +109,38 @@ impl Error {
 
     /// The text with that of all causes, for a log.
     pub(crate) fn chain(&self) -> String {
-        let first: &dyn std::error::Error = self;
-        let texts: Vec<String> =
-            std::iter::successors(Some(first), |error| error.source()).map(ToString::to_string).collect();
-        texts.join(": ")
+        chain(self)
     }
 
     /// Whether the same call may succeed a little later: the connection, the load or the server's state is to blame.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
-            Error::Connect { source } | Error::Database { source, .. } => {
-                is_connection_fault(source) || source.code().is_some_and(is_passing)
-            }
+            Error::Connect { source, .. } => is_passing_cause(source.as_ref()),
+            Error::Database { source, .. } => is_passing_error(source),
             Error::Timeout { .. } | Error::Thread { .. } => true,
-            Error::InvalidOption { .. } | Error::Table { .. } | Error::LeaseLost { .. } | Error::Fence { .. } => false,
+            Error::InvalidOption { .. }
+            | Error::Table { .. }
+            | Error::LeaseLost { .. }
+            | Error::Fence { .. }
+            | Error::Forked => false,
         }
     }
+}
+
+/// An error's text with that of all its causes.
+pub(crate) fn chain(first: &(dyn std::error::Error + 'static)) -> String {
+    let texts: Vec<String> =
+        std::iter::successors(Some(first), |error| error.source()).map(ToString::to_string).collect();
+    texts.join(": ")
+}
+
+/// Whether a connection that could not be opened may be opened a little later.
+pub(crate) fn is_passing_cause(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.downcast_ref().is_none_or(is_passing_error)
+}
+
+fn is_passing_error(error: &postgres::Error) -> bool {
+    is_connection_fault(error) || error.code().is_some_and(is_passing)
 }
 
 /// Whether the server rolled a statement back for reasons that pass: 40 others were in the way, 53 disk, memory or connections are

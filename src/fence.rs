@@ -50,6 +50,7 @@ impl LockGuard {
     /// [`Error::Fence`] if the hold is there, and the transaction doesn't see it. [`Error::Database`] if the statement failed; with
     /// SQLSTATE 40001, the hold is there, and the transaction can be repeated.
     pub fn fence(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        self.storage.check_process()?;
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost());
         }
@@ -64,6 +65,7 @@ impl LockGuard {
     /// # Errors
     /// As [`fence`](Self::fence).
     pub fn fence_past_deadline(&self, transaction: &mut Transaction<'_>) -> Result<()> {
+        self.storage.check_process()?;
         match self.query(transaction, &self.storage.sql().fence) {
             Ok(rows) if !rows.is_empty() => Ok(()),
             result => Err(self.why_not(result.err())),
@@ -102,6 +104,7 @@ impl LockGuard {
         client: &mut Client,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
+        self.storage.check_process()?;
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost().into());
         }

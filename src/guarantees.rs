@@ -146,6 +146,34 @@
 //! | a holder's wall clock jumps | nothing: nobody looks at it | test `whatever_is_hurt_the_verdict_holds` (where `libfaketime` is installed) |
 //! | a holder's machine is suspended | `is_held` may be true for too long, by the time of the suspend at most; fences refuse once somebody else has had the lock | the parts: test `a_holder_stopped_for_longer_than_its_lease_knows_when_it_wakes`, test `the_transaction_of_a_hold_that_was_taken_over_is_refused_at_every_isolation_level` |
 //!
+//! # Slow, half dead, limited
+//!
+//! For how long a hold, a wait and a call outlive trouble with the network, the server or the host. A wait is `lock` or `try_lock_for` once it
+//! has had an answer; a call is anything else, and the first attempt of a wait. *Its time* is the limit that its caller gave it, or what its
+//! documentation says.
+//!
+//! | trouble | a hold | a wait | a call | shown by |
+//! | --- | --- | --- | --- | --- |
+//! | each answer is late, by less than two fifths of the lease | is kept | goes on | takes that much longer; a release has 2 s | test `a_network_with_slow_answers_costs_no_hold_and_no_connection`, test `an_unlock_whose_answer_takes_more_than_a_second_is_a_release`, test `answers_that_come_too_late_for_their_callers_cost_no_connection`, test `answers_of_three_seconds_are_waited_for` |
+//! | by more than about that | is lost at its deadline | goes on, and takes nothing | an acquire says so, after two tries | test `a_lease_too_short_for_the_network_is_an_error_that_says_so`, test `what_is_taken_is_kept_however_late_the_answers_are` |
+//! | a connection breaks, or a thousand do | is kept, if one refresh gets through before its deadline | goes on | is made again, three times at most | test `a_connection_that_was_ended_under_a_held_lock_is_replaced`, test `a_connection_that_breaks_takes_none_of_the_others_with_it`, test `a_wait_goes_on_while_connections_break` |
+//! | a connection says nothing any more, while something acknowledges what is sent on it | is kept: the next refresh goes out on another one, after half of what is left, or 5 s | goes on: an acquire that is silent for 2 s (longer where answers take long) is given up when another connection answers, and tried again | is made on another one too, after the same time, or half of its own | test `a_connection_that_went_silent_costs_neither_the_hold_nor_other_calls`, test `one_swallowed_acquire_fails_no_waiter_of_its_lock`, test `a_swallowed_release_or_hand_over_is_made_on_another_connection`, test `connections_that_go_silent_together_cost_no_hold_and_no_call` |
+//! | that, again and again | is kept | goes on | works: only what is stuck since the last answer counts | test `connections_that_are_swallowed_now_and_then_stop_nothing` |
+//! | the whole server is frozen, or out of reach | is kept until its deadline | goes on for a lease, then ends with an error | waits for its time | test `with_every_process_of_the_server_stopped_every_call_comes_back`, test `a_call_right_after_a_freeze_waits_for_the_server` |
+//! | the server, the role or a pooler lets no further connection in | is kept by the one that works, if there is one | goes on | waits for that one, behind refreshes and releases; without one it fails with the cause | test `a_limit_of_connections_costs_no_hold_and_fails_no_call`, test `an_exhausted_server_is_an_error_that_says_so_and_not_for_ever`, test `callers_of_a_server_that_lets_nobody_in_hear_the_cause_at_once` |
+//! | one of several hosts or addresses is dead | is kept, if a connection can be opened in time | goes on | each address has the whole connect timeout; those that were silent come last for a minute | test `each_of_several_hosts_has_its_time_and_its_cause`, test `a_name_with_dead_addresses_is_connected_to` |
+//! | the process has no descriptor left, or no thread can be started | is kept on the connections that there are | the same | fails with the cause, where it needs a new one | test `without_a_free_descriptor_a_call_fails_with_the_cause_and_the_next_one_works` |
+//! | a connection is closed because it was idle | is kept | goes on | opens another one, and nobody is told | test `a_connection_that_is_closed_while_it_is_idle_troubles_nobody` |
+//! | the process forks | is the parent's | is the parent's | fails at once in the child: open a storage of its own there | test `in_a_fork_a_storage_says_at_once_that_it_is_of_no_use_and_a_new_one_is` |
+//!
+//! What is stuck costs a thread and a socket. The kernel ends that when nothing was acknowledged for 15 s (`tcp_user_timeout`), or no keep-alive was
+//! answered for 30 s; the library puts another connection in its place, at once up to eight times without an answer in between, and then once in
+//! half a minute, up to 64 times. It sends no cancel requests: one that comes late would hit the next statement. The server itself ends
+//! a statement after 5 s, and a wait for a table after 1.5 s, but not behind a pooler, which our settings don't pass.
+//!
+//! All of it is told once: a warning when it begins, and a line when the database answers again, with how much had failed (test
+//! `a_server_that_goes_away_is_told_once_and_so_is_its_return`).
+//!
 //! # A primary and a standby
 //!
 //! Name both hosts, and ask for the one that can be written to:

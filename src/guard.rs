@@ -55,12 +55,12 @@ impl LockGuard {
     /// The deadline lies before the end of the lease. On Linux its clock stands still while the machine is suspended, so
     /// a hold from before a suspend may be trusted for too long.
     pub fn is_held(&self) -> bool {
-        self.hold.is_held()
+        !self.storage.is_forked() && self.hold.is_held()
     }
 
     /// How long the hold may be trusted if no further refresh succeeds; zero if it is lost. No I/O.
     pub fn remaining(&self) -> Duration {
-        self.hold.remaining()
+        if self.storage.is_forked() { Duration::ZERO } else { self.hold.remaining() }
     }
 
     /// A signal that tells when the hold is lost, to look at or to wait for, on this thread or another one.
@@ -88,6 +88,8 @@ impl LockGuard {
 
     fn leave(&mut self) -> Result<()> {
         self.has_left = true;
+        // The lock is the other process's.
+        self.storage.check_process()?;
         let hold = &self.hold;
         if !hold.leave() {
             return if hold.is_held() { Ok(()) } else { Err(hold.lost()) };
@@ -153,7 +155,7 @@ impl LockGuard {
 
 impl Drop for LockGuard {
     fn drop(&mut self) {
-        if self.has_left {
+        if self.has_left || self.storage.is_forked() {
             return;
         }
         if let Err(error) = self.leave()

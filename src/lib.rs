@@ -58,7 +58,7 @@
 //! database, and only while the lock isn't held by its own process, where a release hands it to the next thread in one statement.
 //!
 //! A process that finds a lock busy puts itself into the lock's row, behind others that wait, and listens (`LISTEN`) for the release, on
-//! one connection a storage, beside the pool, which is opened when somebody waits and closed when nobody has for 10 s.
+//! one connection a storage, beside the others, which is opened when somebody waits and closed when nobody has for 10 s.
 //! A release notifies the first two processes in the row and the last one, however many wait. If nobody waits, it sends
 //! nothing. While other processes wait, a process passes the lock among its own threads for 10 ms at most.
 //!
@@ -100,9 +100,9 @@
 //! | level | what |
 //! | --- | --- |
 //! | `error` | nothing |
-//! | `warn` | a hold was lost (once: also where its guard is dropped afterwards); a refresh failed and is repeated; a dropped guard could not release its lock; the connection that listens was lost (once, until it is back); a callback panicked. Never in a healthy run |
-//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised; listening again |
-//! | `debug` | a lock was acquired, busy or released; a connection was opened; a wait goes on although the database is out of reach |
+//! | `warn` | a hold was lost (once: also where its guard is dropped afterwards); refreshes, or attempts to connect or to listen, began to fail, and are repeated (one line for a storage, until the database answers again, and at most one in 10 s); no more connections can be opened than those that work (once); a dropped guard could not release its lock; a callback panicked. Never in a healthy run |
+//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised; the database answers again, after so many failures |
+//! | `debug` | a lock was acquired, busy or released; a connection was opened, or found closed; each further failure; a wait goes on although the database is out of reach |
 //! | `trace` | a lease was refreshed |
 //!
 //! A slow logger delays the thread that writes the line, as a slow callback does; a delayed refresh can lose the hold.
@@ -115,6 +115,7 @@
 //! Semantic versioning; the minimum supported Rust version is 1.89, and raising it is a minor release. The public API
 //! names types of `postgres` 0.19 in [`Error`]. PostgreSQL 12 or later by its SQL; tested with 15.
 
+#![forbid(unsafe_code)]
 // What only the real session and the real connections use.
 #![cfg_attr(all(test, shuttle), allow(dead_code))]
 
@@ -148,6 +149,7 @@ mod sync;
 mod term;
 #[cfg(test)]
 mod toy;
+mod trouble;
 mod unlock_in;
 mod user_code;
 mod wait;

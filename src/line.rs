@@ -21,6 +21,7 @@ use crate::options::LockOptions;
 use crate::sql::CLAIM_LIFE;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Instant, Mutex, lock, wait_until};
+use crate::trouble::Trouble;
 use crate::user_code::note;
 use crate::wait::{Patience, SLACK, pause, random_fraction};
 use crate::workers::Failed;
@@ -29,9 +30,9 @@ use crate::workers::Failed;
 /// hand-over to another process, which costs a millisecond or two, costs little in all; short enough to wait for.
 const TURN: Duration = Duration::from_millis(10);
 
-/// The lines of a storage.
+/// The lines of a storage, and whether its database answers.
 #[derive(Default)]
-pub(crate) struct Lines(Mutex<HashMap<String, Line>>);
+pub(crate) struct Lines(Mutex<HashMap<String, Line>>, Arc<Trouble>);
 
 /// There is one while there is a hold or a waiter.
 struct Line {
@@ -193,6 +194,10 @@ impl Line {
 }
 
 impl Lines {
+    pub(crate) fn new(trouble: Arc<Trouble>) -> Lines {
+        Lines(Mutex::default(), trouble)
+    }
+
     /// The hold of this process that this thread may enter again as this owner.
     pub(crate) fn enter_again(&self, lock_id: &str, owner_id: &str) -> Option<Arc<Hold>> {
         let lines = lock(&self.0);
@@ -383,7 +388,10 @@ impl Place<'_> {
             let lease = self.waiter.lock.lease_expire_after;
             // Looks from time to time, whatever happens.
             let mut wake = patience.end(now).min(now + lease);
-            let since = line.unreachable_since(now).map(|since| since.max(self.waiter.joined));
+            // Any answer counts: that to this line may be lost, and the next one isn't.
+            let heard = self.lines.1.last_answer();
+            let last = heard.map_or(self.waiter.joined, |heard| heard.max(self.waiter.joined));
+            let since = line.unreachable_since(now).map(|since| since.max(last));
             let unreachable = since.map(|since| now.duration_since(since));
             // One that has asked before has an error to give up with, when it asks next.
             if let (Patience::Forever, Some(since), None) = (patience, since, self.asked.get()) {
@@ -413,6 +421,8 @@ impl Place<'_> {
                 // Where nobody has had an answer yet, nobody knows that the lock is busy. It may be just coming.
                 if line.is_busy || now >= late || line.asking.is_none() {
                     let waited = now.duration_since(self.waiter.joined);
+                    let is_answering = heard.is_some_and(|heard| now.duration_since(heard) < SLACK);
+                    let unreachable = unreachable.filter(|_| !is_answering);
                     return Turn::Over(unreachable.or((!line.is_busy).then_some(waited)));
                 }
                 wake = late;
@@ -467,7 +477,8 @@ impl Place<'_> {
         let Some(line) = self.line_asked(&mut lines) else { return Ok(()) };
         let since = *line.unreachable_since.get_or_insert(asked);
         let lease = self.waiter.lock.lease_expire_after;
-        let is_hopeless = *patience == Patience::Forever && now.duration_since(since.max(self.waiter.joined)) >= lease;
+        let since = since.max(self.waiter.joined).max(self.lines.1.last_answer().unwrap_or(since));
+        let is_hopeless = *patience == Patience::Forever && now.duration_since(since) >= lease;
         let is_over = patience.is_over(now) || is_hopeless;
         line.is_queued |= is_unknown;
         line.ask_again(patience, now, None);
@@ -475,7 +486,7 @@ impl Place<'_> {
             return Err(error);
         }
         drop(lines);
-        note!(debug, "waiting for lock {:?} goes on: {error}", self.lock_id());
+        note!(debug, "waiting for lock {:?} goes on: {}", self.lock_id(), error.chain());
         Ok(())
     }
 

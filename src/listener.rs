@@ -7,17 +7,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use postgres::error::SqlState;
 use uuid::Uuid;
 
 use crate::connections::Connections;
+use crate::error::chain;
 use crate::line::Lines;
 use crate::session::Session;
 use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::term::backoff;
+use crate::trouble::Trouble;
 use crate::user_code::{self, note};
 
 /// It is closed after so long without anybody who waits.
 const IDLE_TIME: Duration = Duration::from_secs(10);
+/// It is opened again at once if it lived for so long.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
 /// How often to look whether anybody still waits.
 const LOOK: Duration = Duration::from_millis(250);
 /// After so long without a notification the server is asked whether it is still there.
@@ -28,6 +33,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(5);
 pub(crate) struct Listener {
     /// What this storage is called among the waiters of a row.
     pub(crate) waiter: Uuid,
+    /// Its own: calls may be answered all the time.
+    trouble: Trouble,
     state: Mutex<State>,
     closed: Condvar,
 }
@@ -44,12 +51,17 @@ struct State {
 /// Why listening ended.
 enum End {
     Idle,
-    Lost(String),
+    Lost {
+        why: String,
+        /// Not only because it was idle, as far as is known.
+        is_break: bool,
+    },
 }
 
 impl Listener {
     pub(crate) fn new() -> Listener {
-        Listener { waiter: Uuid::new_v4(), state: Mutex::default(), closed: Condvar::new() }
+        let trouble = Trouble::new("listening for releases again");
+        Listener { waiter: Uuid::new_v4(), trouble, state: Mutex::default(), closed: Condvar::new() }
     }
 
     /// Whether notifications come.
@@ -58,8 +70,7 @@ impl Listener {
     }
 
     /// Somebody waits in the lines: starts to listen, if that is possible and not done already.
-    pub(crate) fn start(self: &Arc<Self>, lines: &Arc<Lines>, connections: Option<&Connections>) {
-        let Some(connections) = connections else { return };
+    pub(crate) fn start(self: &Arc<Self>, lines: &Arc<Lines>, connections: &Connections, trouble: &Arc<Trouble>) {
         let mut state = lock(&self.state);
         if state.has_thread || state.is_impossible || state.is_closed {
             return;
@@ -68,10 +79,10 @@ impl Listener {
         drop(state);
         // Dropped with the closure where no thread can be started.
         let running = Running(Arc::clone(self), Arc::clone(lines));
-        let connections = connections.clone();
-        let run = move || user_code::call(|| running.run(&connections));
+        let (connections, trouble) = (connections.clone(), Arc::clone(trouble));
+        let run = move || user_code::call(|| running.run(&connections, &trouble));
         if let Err(error) = thread::Builder::new().name("lock-listen".to_owned()).spawn(run) {
-            note!(debug, "cannot start a thread: {error}");
+            note!(debug, "cannot start a thread: {}", chain(&error));
         }
     }
 
@@ -98,39 +109,41 @@ impl Drop for Running {
 }
 
 impl Running {
-    fn run(&self, connections: &Connections) {
+    fn run(&self, connections: &Connections, trouble: &Trouble) {
         let Running(listener, lines) = self;
         let waiter = listener.waiter;
         let mut failures = 0;
         while !self.is_done() {
-            let end = match connections.open_apart(move |session| session.listen(waiter)) {
+            let began = Instant::now();
+            match connections.open(move |session| session.listen(waiter)) {
                 Ok(session) if !session.is_direct() => {
                     note!(info, "waiting polls: a pooler is in the way of notifications");
                     lock(&listener.state).is_impossible = true;
                     return;
                 }
                 Ok(mut session) => {
-                    if failures > 0 {
-                        note!(info, "listening for releases again");
-                    }
-                    failures = 0;
+                    listener.trouble.answered(Duration::ZERO);
                     listener.set_on(true, lines);
                     let end = self.listen(&mut session);
                     listener.set_on(false, lines);
-                    if matches!(end, End::Lost(_)) {
-                        session.tell_break();
+                    if let End::Lost { why, is_break } = end {
+                        if is_break {
+                            session.tell_break();
+                        }
+                        note!(debug, "the connection that listens was lost: {why}");
                     }
-                    end
+                    // One that is lost as soon as it is open is no better than none.
+                    failures = if began.elapsed() < SHORT_LIFE { failures + 1 } else { 0 };
                 }
-                Err(error) => End::Lost(error.chain()),
-            };
-            let End::Lost(why) = end else { continue };
-            if failures == 0 {
-                note!(warn, "cannot listen for releases, waiting polls: {why}");
+                Err(error) => {
+                    failures += 1;
+                    let what = || format!("cannot listen for releases, waiting polls: {}", error.chain());
+                    // That has its line already.
+                    if trouble.is_on() { note!(debug, "{}", what()) } else { listener.trouble.failed(what) }
+                }
             }
-            failures += 1;
             let state = lock(&listener.state);
-            if !state.is_closed {
+            if failures > 0 && !state.is_closed {
                 drop(wait_until(&listener.closed, state, Instant::now() + backoff(failures)));
             }
         }
@@ -152,9 +165,14 @@ impl Running {
                         self.1.notified(lock_id, delay, turn);
                     }
                 }
-                Ok(None) if session.is_closed() => return End::Lost("the server closed the connection".to_owned()),
+                Ok(None) if session.is_closed() => {
+                    return End::Lost { why: "the server closed the connection".to_owned(), is_break: false };
+                }
                 Ok(None) => {}
-                Err(error) => return End::Lost(error.to_string()),
+                Err(error) => {
+                    let is_break = error.code() != Some(&SqlState::IDLE_SESSION_TIMEOUT);
+                    return End::Lost { why: chain(&error), is_break };
+                }
             }
             let now = Instant::now();
             if now.duration_since(looked) < LOOK {
@@ -171,7 +189,8 @@ impl Running {
             if generation != session.route_generation() || now.duration_since(heard) >= SILENCE {
                 generation = session.route_generation();
                 if !session.is_alive(ANSWER_TIME) {
-                    return End::Lost("the server doesn't answer on the connection".to_owned());
+                    let why = "the server doesn't answer on the connection".to_owned();
+                    return End::Lost { why, is_break: true };
                 }
                 heard = now;
             }

@@ -65,13 +65,13 @@ impl StorageLock {
     /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error.
     ///
     /// While somebody has locked the table (`VACUUM FULL`, `ALTER TABLE`), the lock counts as busy, and the wait goes
-    /// on. The server finds that out after 4 s. Behind a pooler it doesn't, because our timeouts don't reach it: there,
+    /// on. The server finds that out after 1.5 s. Behind a pooler it doesn't, because our timeouts don't reach it: there,
     /// such an attempt ends with [`Error::Timeout`](crate::Error::Timeout).
     ///
     /// # Errors
     /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt comes back
     /// at once: [`Error::Connect`](crate::Error::Connect), [`Error::Database`](crate::Error::Database), and
-    /// [`Error::Timeout`](crate::Error::Timeout) after at most the connect timeout and 5 s; so does, later, an error that
+    /// [`Error::Timeout`](crate::Error::Timeout) after at most the connect timeout, for each address, and 5 s; so does, later, an error that
     /// trying again can't help.
     pub fn lock(&self, owner_id: &str) -> Result<LockGuard> {
         loop {
@@ -82,10 +82,10 @@ impl StorageLock {
         }
     }
 
-    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 4 s (not behind a pooler).
+    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 1.5 s (not behind a pooler).
     ///
     /// It ignores the order of those who wait: it takes a free lock even if the lock is promised to a process that
-    /// waits. Blocks for at most the connect timeout and 5 s.
+    /// waits. Blocks for at most the connect timeout, for each address, and 5 s.
     ///
     /// # Errors
     /// As [`lock`](Self::lock).
@@ -99,7 +99,7 @@ impl StorageLock {
     /// # Errors
     /// As [`lock`](Self::lock), and, if the database was out of reach at the end, the last error, or
     /// [`Error::Timeout`](crate::Error::Timeout) for one that waited behind another thread. A locked table can cause
-    /// the same [`Error::Timeout`](crate::Error::Timeout), if `timeout` ends before the server has waited for 4 s.
+    /// the same [`Error::Timeout`](crate::Error::Timeout), if `timeout` ends before the server has waited for 1.5 s.
     pub fn try_lock_for(&self, owner_id: &str, timeout: Duration) -> Result<Option<LockGuard>> {
         self.acquire(owner_id, Patience::lasting(timeout))
     }
@@ -123,6 +123,7 @@ impl StorageLock {
 
     fn acquire(&self, owner_id: &str, patience: Patience) -> Result<Option<LockGuard>> {
         check_id("owner_id", owner_id)?;
+        self.storage.check_process()?;
         let began = Instant::now();
         if let Some(hold) = self.storage.lines().enter_again(&self.options.lock_id, owner_id) {
             return Ok(Some(LockGuard::new(self.storage.clone(), hold)));

@@ -98,8 +98,9 @@ impl PostgresStorageOptions {
     /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases. While threads wait for other
     /// processes there is one more, which listens for releases.
     ///
-    /// A connection whose call overran its deadline no longer counts, and is replaced: eight such may be around, and if
-    /// the server stays silent, one more every half a minute, up to 64.
+    /// Where the server lets fewer in, those that there are do the work, and a warning says so. A connection whose call
+    /// gets no answer in time no longer counts, and is replaced: up to eight times without any answer in between, and then once in
+    /// half a minute, up to 64 times. If it answers after all, it is used again.
     #[must_use]
     pub fn max_connections(mut self, max_connections: u32) -> Self {
         self.max_connections = max_connections;

@@ -14,6 +14,7 @@ use crate::storage::PostgresStorage;
 use crate::sync::{Instant, thread, wait_until};
 use crate::term::backoff;
 use crate::user_code::note;
+use crate::workers::LOOK;
 
 /// Enough for what the caller does when a hold is lost; only what is touched counts.
 const STACK_BYTES: usize = 1024 * 1024;
@@ -108,7 +109,9 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             }
             (_, Next::Refresh(at)) if *at <= now => {
                 attempt += 1;
-                let by = now + state.term.attempt_time(now);
+                // Where answers take long, that of this attempt comes before that of another one would.
+                let slow = storage.trouble().last_took().mul_f64(1.5);
+                let by = now + state.term.attempt_time(now).max(slow);
                 next = Next::Answer { since: now, by };
                 drop(state);
                 storage.send_refresh(hold, attempt, by);
@@ -116,14 +119,22 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             }
             (_, Next::Answer { since, by }) if *by <= now => {
                 drop(state);
+                storage.refresh_is_silent_for(since.elapsed());
                 let action = format!("refresh lock {:?}", hold.claim.lock_id);
                 failures += 1;
                 Some((Error::Timeout { action, waiting_for: "an answer", after: since.elapsed() }, Duration::ZERO))
             }
             // Nothing to do; an error may have come from an attempt that was given up.
-            (_, Next::Refresh(wake) | Next::Answer { by: wake, .. }) => {
+            (_, Next::Refresh(wake)) => {
                 let wake = state.term.loss_time().min(*wake);
                 drop(wait_until(&hold.changed, state, wake));
+                None
+            }
+            (_, Next::Answer { by, .. }) => {
+                let wake = state.term.loss_time().min(*by).min(now + LOOK);
+                drop(wait_until(&hold.changed, state, wake));
+                // The worker may be stuck, or the connection that it opens.
+                storage.look_after_workers();
                 None
             }
         };
@@ -131,8 +142,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             next = Next::Refresh(now + pause);
             let (lock_id, owner_id, version) = hold.names();
             storage.events().tell(|| Event::RefreshFailed { lock_id, owner_id, version, error: &error });
-            let why = error.chain();
-            note!(warn, "lock {lock_id:?} (version {version}): {why}; trying again");
+            storage.trouble().failed(|| format!("lock {lock_id:?} (version {version}): {}", error.chain()));
         }
         state = hold.state();
     }

@@ -1,6 +1,6 @@
 //! One open connection, and what can be asked on it.
 //!
-//! A *direct* session prepares its statements once and runs each in one round trip. Behind a pooler that hands a server
+//! A *direct* session prepares each of its statements after it has run it first, and runs each in one round trip. Behind a pooler that hands a server
 //! session to another client after each transaction that is neither possible nor safe: a prepared name may
 //! mean another client's statement there (the client names them `s0`, `s1`, … in every process), and settings would leak into other clients' sessions. So a session sets
 //! nothing with `SET`; it asks for its settings in the start-up packet, which such poolers refuse (pgbouncer: 08P01) or drop
@@ -8,9 +8,8 @@
 //! statement that was meant, in the backend that was meant. At the first sign of a pooler the storage turns to unnamed statements, also one round trip each.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use postgres::error::SqlState;
@@ -20,7 +19,7 @@ use postgres::{Client, IsolationLevel, Row, Statement};
 use uuid::Uuid;
 
 use crate::answer::{AcquireRow, Acquired, Claim, Fault, Found, Granted, LockInformation, Ticket};
-use crate::error::is_serialization_failure;
+use crate::error::{chain, is_serialization_failure};
 use crate::events::Events;
 use crate::sql::{self, Prepared, Sql};
 use crate::user_code::note;
@@ -30,14 +29,12 @@ use crate::user_code::note;
 pub(crate) struct Route {
     /// A pooler shares server sessions between clients: nothing may depend on the session.
     pub(crate) is_pooled: AtomicBool,
-    /// Goes up when a connection breaks: those opened before are likely to be broken too, and are not used again.
-    pub(crate) generation: AtomicU64,
+    /// Goes up when a connection breaks, or is silent: those that were open then may be dead too, and have to answer first.
+    pub(crate) generation: AtomicUsize,
     /// A connection broke, and none has been opened since.
     is_interrupted: AtomicBool,
     pub(crate) events: Events,
 }
-
-type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 pub(crate) struct Session {
     client: Client,
@@ -45,8 +42,10 @@ pub(crate) struct Session {
     backend: Option<i32>,
     /// By the names of the statements.
     statements: HashMap<String, Statement>,
+    /// What was run last without being prepared: its name, its text, and the types of its parameters.
+    unprepared: Option<(String, String, &'static [Type])>,
     route: Arc<Route>,
-    generation: u64,
+    generation: usize,
     is_broken: bool,
     /// What the server's clock said last, and when that was read.
     clock: (SystemTime, Instant),
@@ -58,7 +57,7 @@ impl Session {
         mut client: Client,
         with_options: bool,
         route: Arc<Route>,
-        generation: u64,
+        generation: usize,
     ) -> Result<Session, postgres::Error> {
         let row = client.query_typed_one(sql::SESSION, &[])?;
         let (is_direct, time) = (row.try_get::<_, Option<bool>>(1)? == Some(true), row.try_get(2)?);
@@ -67,19 +66,25 @@ impl Session {
         }
         let backend = if with_options && is_direct { Some(row.try_get(0)?) } else { None };
         let clock = (time, Instant::now());
-        Ok(Session { client, backend, statements: HashMap::new(), route, generation, is_broken: false, clock })
+        Ok(Session {
+            client,
+            backend,
+            statements: HashMap::new(),
+            unprepared: None,
+            route,
+            generation,
+            is_broken: false,
+            clock,
+        })
     }
 
     /// Whether it may be used again.
     pub(crate) fn is_usable(&self) -> bool {
         let is_closed = self.client.is_closed();
-        if is_closed {
+        if is_closed && !self.is_broken {
             self.tell_break();
         }
-        !is_closed
-            && !self.is_broken
-            && self.generation == self.route.generation.load(Ordering::Relaxed)
-            && (self.backend.is_none() || !self.route.is_pooled.load(Ordering::Relaxed))
+        !is_closed && !self.is_broken && (self.backend.is_none() || !self.route.is_pooled.load(Ordering::Relaxed))
     }
 
     /// Whether the backend is this session's alone: only then can it listen.
@@ -91,12 +96,35 @@ impl Session {
         self.client.is_closed()
     }
 
-    /// Goes up when any connection of the storage breaks.
-    pub(crate) fn route_generation(&self) -> u64 {
+    /// Whether another connection has broken, or been silent, since this one answered last: then it may be dead, too.
+    pub(crate) fn is_doubted(&self) -> bool {
+        self.generation != self.route_generation()
+    }
+
+    /// It has answered what was asked when the generation was this.
+    pub(crate) fn trust(&mut self, generation: usize) {
+        self.generation = generation;
+    }
+
+    /// Whether it answers within `patience`; if not, it is not to be used any more.
+    pub(crate) fn prove(&mut self, patience: Duration) -> bool {
+        let generation = self.route_generation();
+        let is_alive = self.is_alive(patience);
+        if is_alive {
+            self.trust(generation);
+        } else {
+            self.tell_break();
+            self.is_broken = true;
+        }
+        is_alive
+    }
+
+    /// Goes up when any connection of the storage breaks, or is silent.
+    pub(crate) fn route_generation(&self) -> usize {
         self.route.generation.load(Ordering::Relaxed)
     }
 
-    /// Not to be used again, and neither are the connections that were opened before now.
+    /// Not to be used again; and the connections that were opened before now are doubted.
     pub(crate) fn mark_broken(&mut self, fault: &Fault) {
         self.is_broken = true;
         // One that turned out to be a pooler's is well.
@@ -128,16 +156,7 @@ impl Session {
         let sent = Instant::now();
         let row = self.run(
             &sql.acquire,
-            &[
-                (&claim.lock_id, Type::TEXT),
-                (&claim.owner_id, Type::TEXT),
-                (&claim.lease_id, Type::UUID),
-                (&micros, Type::INT8),
-                (&place, Type::TEXT),
-                (&waiter, Type::UUID),
-                (&turn, Type::INT8),
-                (&ends, Type::TIMESTAMPTZ),
-            ],
+            &[&claim.lock_id, &claim.owner_id, &claim.lease_id, &micros, &place, &waiter, &turn, &ends],
         );
         let row = match row {
             Err(fault) => return unlucky(fault),
@@ -213,16 +232,7 @@ impl Session {
     /// Renews the lease to its full length and says whether other processes wait; none if the hold is not there any more.
     pub(crate) fn refresh(&mut self, sql: &Sql, claim: &Claim, version: i64) -> Result<Option<bool>, Fault> {
         let (micros, place) = (micros(claim.lease), self.place(&sql.refresh));
-        let row = self.run(
-            &sql.refresh,
-            &[
-                (&claim.lock_id, Type::TEXT),
-                (&version, Type::INT8),
-                (&claim.lease_id, Type::UUID),
-                (&micros, Type::INT8),
-                (&place, Type::TEXT),
-            ],
-        )?;
+        let row = self.run(&sql.refresh, &[&claim.lock_id, &version, &claim.lease_id, &micros, &place])?;
         Ok(if row.try_get(1)? { Some(row.try_get(2)?) } else { None })
     }
 
@@ -237,17 +247,8 @@ impl Session {
         waits_again: bool,
     ) -> Result<Option<u32>, Fault> {
         let place = self.place(&sql.release);
-        let row = self.run(
-            &sql.release,
-            &[
-                (&claim.lock_id, Type::TEXT),
-                (&version, Type::INT8),
-                (&claim.lease_id, Type::UUID),
-                (&place, Type::TEXT),
-                (&waiter, Type::UUID),
-                (&waits_again, Type::BOOL),
-            ],
-        )?;
+        let row =
+            self.run(&sql.release, &[&claim.lock_id, &version, &claim.lease_id, &place, &waiter, &waits_again])?;
         Ok(row.try_get::<_, Option<i32>>(1)?.map(|waiters| u32::try_from(waiters).unwrap_or_default()))
     }
 
@@ -265,16 +266,7 @@ impl Session {
         let sent = Instant::now();
         let row = self.run(
             &sql.hand_over,
-            &[
-                (&claim.lock_id, Type::TEXT),
-                (&version, Type::INT8),
-                (&claim.lease_id, Type::UUID),
-                (&next.owner_id, Type::TEXT),
-                (&next.lease_id, Type::UUID),
-                (&micros, Type::INT8),
-                (&place, Type::TEXT),
-                (&ends, Type::TIMESTAMPTZ),
-            ],
+            &[&claim.lock_id, &version, &claim.lease_id, &next.owner_id, &next.lease_id, &micros, &place, &ends],
         );
         let row = match row {
             Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(None),
@@ -288,7 +280,7 @@ impl Session {
     /// Takes a waiter out of the row.
     pub(crate) fn withdraw(&mut self, sql: &Sql, lock_id: &str, waiter: Uuid) -> Result<(), Fault> {
         let place = self.place(&sql.withdraw);
-        self.run(&sql.withdraw, &[(&lock_id, Type::TEXT), (&waiter, Type::UUID), (&place, Type::TEXT)])?;
+        self.run(&sql.withdraw, &[&lock_id, &waiter, &place])?;
         Ok(())
     }
 
@@ -330,8 +322,14 @@ impl Session {
         Ok(rows.first().map(information).transpose()?)
     }
 
-    pub(crate) fn list(&mut self, sql: &Sql) -> Result<Vec<LockInformation>, Fault> {
-        let rows = self.client.query_typed(&sql.list, &[])?;
+    /// Within `longest`, for the server.
+    pub(crate) fn list(&mut self, sql: &Sql, longest: Duration) -> Result<Vec<LockInformation>, Fault> {
+        let mut transaction = self.client.build_transaction().read_only(true).start()?;
+        // What is right for one row isn't for all of them.
+        let longest = longest.as_millis();
+        transaction.batch_execute(&format!("{}; SET LOCAL statement_timeout = {longest}", sql::READS_ALL))?;
+        let rows = transaction.query_typed(&sql.list, &[])?;
+        transaction.commit()?;
         Ok(rows.iter().map(information).collect::<Result<_, _>>()?)
     }
 
@@ -372,15 +370,38 @@ impl Session {
         self.backend.map(|backend| format!("{backend} {}", prepared.name))
     }
 
+    /// Whether it may be used, after it has been idle for so long.
+    pub(crate) fn is_ready(&mut self, idle: Duration) -> bool {
+        if idle >= CHECKED_AFTER && !self.is_broken {
+            // Reads what came meanwhile, which may be the end of the connection: nothing was asked, so nothing is lost.
+            let end = self.client.notifications().timeout_iter(Duration::ZERO).next();
+            if end.is_err() || self.client.is_closed() {
+                let why = end.err();
+                // Closed because it was idle, by the server or by something on the way, it says nothing of others.
+                if why.as_ref().and_then(|error| error.code()).is_some_and(|code| SHUT_DOWN.contains(code)) {
+                    self.tell_break();
+                }
+                self.is_broken = true;
+                note!(debug, "an idle connection was closed: {}", why.map_or_else(String::new, |error| chain(&error)));
+            }
+        }
+        !self.is_broken && self.is_usable()
+    }
+
     /// Runs a statement that returns one row, whose first column says whether the statement was in its place.
-    fn run(&mut self, prepared: &Prepared, parameters: &[Parameter<'_>]) -> Result<Row, Fault> {
-        let result = match self.backend {
-            Some(_) => self.run_prepared(prepared, parameters),
-            None => self.client.query_typed_one(&prepared.text, parameters),
+    fn run(&mut self, prepared: &Prepared, values: &[&(dyn ToSql + Sync)]) -> Result<Row, Fault> {
+        let sent = Instant::now();
+        let result = match self.statements.get(&prepared.name) {
+            Some(statement) => self.client.query_one(statement, values),
+            None => self.run_unprepared(prepared, &prepared.text, values),
         };
+        if sent.elapsed() >= WORTH_PREPARING {
+            // Nor what was quick before.
+            self.unprepared = None;
+        }
         if result.as_ref().err().is_some_and(|error| error.code() == Some(&SqlState::PROGRAM_LIMIT_EXCEEDED)) {
             // The queue of notifications is full, of which somebody reads none. Nothing depends on them.
-            return Ok(self.client.query_typed_one(&prepared.silent, parameters)?);
+            return Ok(self.run_unprepared(prepared, &prepared.silent, values)?);
         }
         if self.backend.is_none() {
             return Ok(result?);
@@ -398,18 +419,44 @@ impl Session {
         }
     }
 
-    fn run_prepared(&mut self, prepared: &Prepared, parameters: &[Parameter<'_>]) -> Result<Row, postgres::Error> {
-        let statement = match self.statements.entry(prepared.name.clone()) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let types: Vec<Type> = parameters.iter().map(|(_, type_)| type_.clone()).collect();
-                entry.insert(self.client.prepare_typed(&prepared.text, &types)?)
-            }
-        };
-        let values: Vec<&(dyn ToSql + Sync)> = parameters.iter().map(|(value, _)| *value).collect();
-        self.client.query_one(&*statement, &values)
+    /// In one round trip, too.
+    fn run_unprepared(
+        &mut self,
+        prepared: &Prepared,
+        text: &str,
+        values: &[&(dyn ToSql + Sync)],
+    ) -> Result<Row, postgres::Error> {
+        let parameters: Vec<_> = values.iter().copied().zip(prepared.types.iter().cloned()).collect();
+        let row = self.client.query_typed_one(text, &parameters)?;
+        if self.backend.is_some() {
+            self.unprepared = Some((prepared.name.clone(), prepared.text.clone(), prepared.types));
+        }
+        Ok(row)
+    }
+
+    /// Whether there is something to [`prepare`](Self::prepare).
+    pub(crate) fn is_unprepared(&self) -> bool {
+        self.unprepared.is_some()
+    }
+
+    /// Prepares for the next time what was run last: when nobody waits for it.
+    pub(crate) fn prepare(&mut self) -> Result<(), Fault> {
+        if let Some((name, text, types)) = self.unprepared.take() {
+            self.statements.insert(name, self.client.prepare_typed(&text, types)?);
+        }
+        Ok(())
     }
 }
+
+/// A statement that was answered within this is prepared for the next time. That saves the server its planning, a few
+/// tenths of a millisecond, and costs a round trip, for which a call may have to wait.
+const WORTH_PREPARING: Duration = Duration::from_millis(20);
+
+/// What the server says when it ends sessions for reasons of its own.
+const SHUT_DOWN: [SqlState; 3] = [SqlState::ADMIN_SHUTDOWN, SqlState::CRASH_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW];
+
+/// A connection that has been idle for so long is looked at before it is used: the server, or something on the way, may have closed it.
+const CHECKED_AFTER: Duration = Duration::from_millis(100);
 
 /// What `CREATE TABLE` says when another session creates the same table, and so the row type of that name, at the same time.
 const TABLE_EXISTS: [SqlState; 3] = [SqlState::DUPLICATE_TABLE, SqlState::UNIQUE_VIOLATION, SqlState::DUPLICATE_OBJECT];
@@ -431,6 +478,11 @@ impl Route {
     /// A connection was opened: whether one had broken before.
     pub(crate) fn ends_interruption(&self) -> bool {
         self.is_interrupted.swap(false, Ordering::Relaxed)
+    }
+
+    /// A connection is silent.
+    pub(crate) fn doubt(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn recognise_pooler(&self, why: &str) {

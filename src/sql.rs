@@ -45,6 +45,7 @@
 //! - A prepared statement does nothing unless it is told the backend that it runs in and its own name and table: a guard
 //!   against poolers, see [`crate::session`].
 
+use postgres::types::Type;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -96,11 +97,14 @@ const NOT_DURABLE: &str = "set_config('synchronous_commit', 'off', true) IS NOT 
 pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
      -c quote_all_identifiers=off -c enable_seqscan=off -c plan_cache_mode=force_generic_plan -c jit=off -c search_path=pg_catalog \
      -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
-     -c statement_timeout=5000 -c lock_timeout=4000 -c idle_in_transaction_session_timeout=5000";
+     -c statement_timeout=5000 -c lock_timeout=1500 -c idle_in_transaction_session_timeout=5000";
 
 /// This session's backend, whether the start-up options reached it, and what time it is.
 pub(crate) const SESSION: &str =
     "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on', clock_timestamp()";
+
+/// What a transaction needs that reads the whole table.
+pub(crate) const READS_ALL: &str = "SET LOCAL enable_seqscan = on";
 
 pub(crate) const SERVER_TIME: &str = "SELECT clock_timestamp()";
 
@@ -156,19 +160,27 @@ pub(crate) struct Prepared {
     pub(crate) text: String,
     /// The same without notifications, where the server takes no more of them.
     pub(crate) silent: String,
-    /// What the statement is, and for which table. Its last parameter has to say this, after the number of the backend.
+    /// What the statement is, and for which table. Its parameter for the place has to say this, after the number of the backend.
     pub(crate) name: String,
+    /// Of its parameters.
+    pub(crate) types: &'static [Type],
 }
 
 impl Prepared {
-    /// `text` gets the check of the last parameter, which is `parameter`; NULL passes.
-    fn new(operation: &str, table: &str, parameter: &str, text: impl FnOnce(&str) -> String) -> Prepared {
+    /// `text` gets the check of `parameter`, the place; NULL passes.
+    fn new(
+        operation: &str,
+        table: &str,
+        types: &'static [Type],
+        parameter: &str,
+        text: impl FnOnce(&str) -> String,
+    ) -> Prepared {
         let name = format!("{operation} {table}");
         let place = format!("pg_backend_pid() || {}", literal(&format!(" {name}")));
         let text = text(&format!("coalesce({parameter}::text, {place}) = {place}"));
         // Something that is counted as well.
         let silent = text.replace("pg_catalog.pg_notify(", "pg_catalog.concat(");
-        Prepared { text, silent, name }
+        Prepared { text, silent, name, types }
     }
 }
 
@@ -250,7 +262,7 @@ impl Sql {
             // `cur` shows what there is; `free` locks it only if it may be taken; `taken` moves it to the next version; `queued`
             // puts the waiter into the row otherwise: also into that of a version that has just followed, where a lock is
             // handed over all the time, and its row is always about to change. `seen` is what the waiter sleeps by.
-            acquire: Prepared::new("acquire", &table, "$5", |here| {
+            acquire: Prepared::new("acquire", &table, &[Type::TEXT, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::UUID, Type::INT8, Type::TIMESTAMPTZ], "$5", |here| {
                 format!(
                     "WITH cur AS MATERIALIZED (
     SELECT version, owner_id, lease_expire_time, released_at, waiters FROM {table}
@@ -325,7 +337,7 @@ RETURNING version, lease_expire_time, clock_timestamp()",
                 lease = lease_from_now("$4"),
             ),
             // $1 lock, $2 version, $3 lease id, $4 lease in microseconds, $5 place.
-            refresh: Prepared::new("refresh", &table, "$5", |here| {
+            refresh: Prepared::new("refresh", &table, &[Type::TEXT, Type::INT8, Type::UUID, Type::INT8, Type::TEXT], "$5", |here| {
                 format!(
                     "WITH refreshed AS (
     UPDATE {table} SET lease_expire_time = {lease}
@@ -340,7 +352,7 @@ SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHE
             // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place, $5 this process as a waiter or NULL, $6
             // whether it goes on waiting, which puts it behind those who wait; with nobody before it, it has no need to.
             // Returns how many wait.
-            release: Prepared::new("release", &table, "$4", |here| {
+            release: Prepared::new("release", &table, &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::BOOL], "$4", |here| {
                 format!(
                     "WITH released AS (
     UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp()),
@@ -358,7 +370,7 @@ SELECT {here}, (SELECT coalesce(cardinality(waiters), 0) FROM released), {told}"
             // $1 lock, $2 version, $3 lease id, $4 the next owner, $5 its lease id, $6 its lease in microseconds, $7 place, $8 until when
             // it may take effect. `own` skips a row that somebody's transaction has locked: that is for a release, which isn't
             // held up by it. Whoever sleeps by a lease that ends later than the new one has to look.
-            hand_over: Prepared::new("hand over", &table, "$7", |here| {
+            hand_over: Prepared::new("hand over", &table, &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::TIMESTAMPTZ], "$7", |here| {
                 format!(
                     "WITH own AS MATERIALIZED (
     SELECT version, lease_expire_time FROM {table}
@@ -380,7 +392,7 @@ FROM (VALUES (1)) AS one LEFT JOIN moved ON true",
                 )
             }),
             // $1 lock, $2 waiter, $3 place. If the lock is free, and promised to it, the next ones have to know.
-            withdraw: Prepared::new("withdraw", &table, "$3", |here| {
+            withdraw: Prepared::new("withdraw", &table, &[Type::TEXT, Type::UUID, Type::TEXT], "$3", |here| {
                 format!(
                     "WITH gone AS (
     UPDATE {table} SET waiters = nullif(array_remove(waiters, $2), '{{}}')

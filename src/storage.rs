@@ -1,7 +1,8 @@
 //! An open storage: the table on its server, and every operation on it, each with a deadline.
 
 use std::fmt;
-use std::sync::Arc;
+use std::process;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
@@ -17,17 +18,28 @@ use crate::listener::Listener;
 use crate::options::{PostgresStorageOptions, check_id};
 use crate::session::Session;
 use crate::sql::{COLUMNS, GRACE, STEP, Sql};
-use crate::sync::{Instant, thread};
+use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::term::{Term, backoff};
+use crate::trouble::Trouble;
 use crate::user_code::{self, note};
-use crate::workers::{Failed, MAX_TRIES, Urgency, Workers};
+use crate::workers::{Answer, Failed, MAX_TRIES, Tries, Urgency, Workers};
 
 /// How long a call waits for its answer at most, where its caller sets no limit; opening a connection comes on top.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// The same for a list of all locks.
+const LIST_TIME: Duration = Duration::from_secs(60);
+/// Of one on a connection that others need.
+const SHORT_LIST_TIME: Duration = Duration::from_secs(1);
+/// How many lists may be stuck.
+const MOST_LISTS: usize = 8;
+/// How often in a row a lock is taken with an answer that takes more than half of its lease.
+const MOST_SLOW: u32 = 2;
+const FAST_ANSWER: &str =
+    "an answer within half of the lease: the network, the server or this machine is too slow for such a lease";
 /// How long an unlock, or the drop of a guard, may take at most.
 pub(crate) const RELEASE_TIME: Duration = Duration::from_secs(2);
 
-/// An open storage for locks: a table on a PostgreSQL server, and a small pool of connections to it.
+/// An open storage for locks: a table on a PostgreSQL server, and a few connections to it.
 ///
 /// Cheap to clone; all clones share the connections, and the knowledge of which thread holds which lock.
 #[derive(Clone)]
@@ -36,19 +48,26 @@ pub struct PostgresStorage {
 }
 
 struct Inner {
+    /// Who opened it.
+    process: u32,
     sql: Arc<Sql>,
     schema: String,
     table_name: String,
     workers: Workers,
+    trouble: Arc<Trouble>,
     lines: Arc<Lines>,
     listener: Arc<Listener>,
+    lists: Arc<Lists>,
     follow_ups: FollowUps,
     events: Events,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.listener.close();
+        // In a fork a thread that is no more may have its mutex.
+        if self.process == process::id() {
+            self.listener.close();
+        }
     }
 }
 
@@ -75,35 +94,34 @@ pub(crate) enum Attempt {
     Busy(Option<Busy>),
 }
 
+/// An attempt; or how long the answer took with which it was taken, if that was too long, and it was given back.
+type InTime = Result<Attempt, Duration>;
+
 impl PostgresStorage {
     /// Opens a storage: connects, creates the table if it is missing (unless
     /// [`create_table(false)`](PostgresStorageOptions::create_table)), and checks that it is ours.
     ///
-    /// Blocks for at most the connect timeout (5 s for each host where the DSN has none) and 5 s.
+    /// Blocks for at most the connect timeout, for each look-up of a name and each address, and 5 s.
     ///
     /// # Errors
     /// [`Error::InvalidOption`] before anything is opened, [`Error::Connect`], [`Error::Timeout`], [`Error::Table`] if the
     /// schema or the table is missing or the table isn't ours, [`Error::Database`] if it can't be created.
     pub fn new(options: PostgresStorageOptions) -> Result<PostgresStorage> {
         let config = options.checked_config()?;
-        let (max_connections, events) = (options.max_connections, options.events.clone());
-        // On a thread of its own, because the pool starts threads and panics where it can't.
-        let connections = thread::Builder::new()
-            .name("lock-open".to_owned())
-            .spawn(move || Connections::new(config, max_connections, events))
-            .map_err(|source| Error::Thread { source })?
-            .join()
-            .map_err(|_| Error::Thread {
-                source: std::io::Error::other("the connection pool could not start its threads"),
-            })?;
+        let sql = Arc::new(Sql::new(&options.schema, &options.table_name));
+        let connections = Connections::new(&config, options.events.clone());
+        let trouble = Arc::new(Trouble::new("PostgreSQL answers again"));
         let storage = PostgresStorage {
             inner: Arc::new(Inner {
-                sql: Arc::new(Sql::new(&options.schema, &options.table_name)),
+                process: process::id(),
+                sql,
                 schema: options.schema,
                 table_name: options.table_name,
-                workers: Workers::new(connections, max_connections),
-                lines: Arc::default(),
+                workers: Workers::new(connections, options.max_connections, Arc::clone(&trouble)),
+                lines: Arc::new(Lines::new(Arc::clone(&trouble))),
+                trouble,
                 listener: Arc::new(Listener::new()),
+                lists: Arc::default(),
                 follow_ups: FollowUps::default(),
                 events: options.events,
             }),
@@ -122,7 +140,7 @@ impl PostgresStorage {
 
     /// The newest hold of a lock, also if it is over; none if nobody has ever held it.
     ///
-    /// Blocks for at most the connect timeout and 5 s.
+    /// Blocks for at most the connect timeout, for each address, and 5 s.
     ///
     /// # Errors
     /// [`Error::InvalidOption`], [`Error::Connect`], [`Error::Timeout`], [`Error::Database`].
@@ -132,12 +150,42 @@ impl PostgresStorage {
         self.read(describe, move |session, sql| session.get(sql, &lock_id))
     }
 
-    /// The locks that are held now, by lock id. Reads the whole table.
+    /// The locks that are held now, by lock id. Reads the whole table, on a connection of its own, one list at a time. Where
+    /// no further connection can be opened, it reads on one of the others, for a second at most.
+    ///
+    /// Blocks for at most the connect timeout, for each address, and 60 s.
     ///
     /// # Errors
     /// As [`get`](Self::get).
     pub fn list(&self) -> Result<Vec<LockInformation>> {
-        self.read("list the locks".to_owned(), |session, sql| session.list(sql))
+        self.check_process()?;
+        let (began, action) = (Instant::now(), || "list the locks".to_owned());
+        let longest = self.inner.workers.longest_call(LIST_TIME);
+        let timeout = |waiting_for| Error::Timeout { action: action(), waiting_for, after: began.elapsed() };
+        let Some(turn) = ListTurn::take(&self.inner.lists, began + longest, longest) else {
+            return Err(timeout("the list before to end"));
+        };
+        let (sender, listed) = mpsc::channel();
+        let (connections, sql) = (self.inner.workers.connections().clone(), Arc::clone(&self.inner.sql));
+        let list = move || {
+            let opened = connections.open(|_| Ok(()));
+            let listed = opened.map(|mut session| session.list(&sql, LIST_TIME));
+            drop(turn);
+            drop(sender.send(listed));
+        };
+        let thread = thread::Builder::new().name("lock-list".to_owned()).spawn(move || user_code::call(list));
+        let opened = match thread {
+            Ok(_) => listed.recv_timeout((began + longest).saturating_duration_since(Instant::now())),
+            Err(source) => Ok(Err(Error::Thread { source })),
+        };
+        match opened {
+            Ok(Ok(listed)) => listed.map_err(|fault| fault.into_error(action)),
+            Ok(Err(error)) if error.is_transient() => {
+                self.read(action(), |session, sql| session.list(sql, SHORT_LIST_TIME)).or(Err(error))
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(timeout("an answer")),
+        }
     }
 
     /// What the database's clock says, which alone judges leases.
@@ -202,7 +250,7 @@ impl PostgresStorage {
     /// apart by their ids alone. If versions begin anew, because the lock's table was, delete its row in `storage_lock_versions`.
     ///
     /// May be called again, also by several processes at once, and replaces the functions. Blocks for at most the connect
-    /// timeout and 5 s.
+    /// timeout, for each address, and 5 s.
     ///
     /// A role that calls this needs `CREATE` on the schema, and has to own what is there already. One that writes needs
     /// `USAGE` on the schema, and `SELECT`, `INSERT` and `UPDATE` on `storage_lock_versions`.
@@ -222,13 +270,14 @@ impl PostgresStorage {
     fn read<T: Send + 'static>(
         &self,
         describe: String,
-        call: impl Fn(&mut Session, &Sql) -> Result<T, Fault> + Send + 'static,
+        call: impl Fn(&mut Session, &Sql) -> Result<T, Fault> + Clone + Send + 'static,
     ) -> Result<T> {
+        self.check_process()?;
         let sql = Arc::clone(&self.inner.sql);
         let deadline = Instant::now() + self.longest_call();
         let action = move || describe.clone();
         let call = move |session: &mut Session| call(session, &sql);
-        Ok(self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ())?)
+        Ok(self.inner.workers.call(Urgency::Ordinary, deadline, Tries::Several, action, call, |_, _| ())?.value)
     }
 
     fn prepare_table(&self, create: bool) -> Result<()> {
@@ -259,12 +308,37 @@ impl PostgresStorage {
         &self.inner.sql
     }
 
+    /// Whether this process has none of the storage's threads.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.inner.process != process::id()
+    }
+
+    /// # Errors
+    /// [`Error::Forked`]: then no mutex may be touched, because a thread that is no more may have it.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.is_forked() { Err(Error::Forked) } else { Ok(()) }
+    }
+
     pub(crate) fn events(&self) -> &Events {
         &self.inner.events
     }
 
+    pub(crate) fn trouble(&self) -> &Trouble {
+        &self.inner.trouble
+    }
+
     pub(crate) fn lines(&self) -> &Lines {
         &self.inner.lines
+    }
+
+    /// A refresh has been silent for so long.
+    pub(crate) fn refresh_is_silent_for(&self, silence: Duration) {
+        self.inner.workers.is_silent_for(silence);
+    }
+
+    /// Somebody waits who hasn't called.
+    pub(crate) fn look_after_workers(&self) {
+        self.inner.workers.add_workers();
     }
 
     /// Whether waiters hear of releases.
@@ -279,7 +353,8 @@ impl PostgresStorage {
 
     /// Somebody waits for another process: listens for its release, if that is possible.
     pub(crate) fn listen(&self) {
-        self.inner.listener.start(&self.inner.lines, self.inner.workers.connections());
+        let inner = &*self.inner;
+        inner.listener.start(&inner.lines, inner.workers.connections(), &inner.trouble);
     }
 
     /// Tries to take the lock, again after each of up to `misses` misses. With a ticket it keeps to the order of the
@@ -292,14 +367,27 @@ impl PostgresStorage {
         misses: u32,
         deadline: Instant,
     ) -> Result<Attempt, Failed> {
+        let began = Instant::now();
         let mut unknown: Vec<Claim> = Vec::new();
-        let mut tries = 1..=MAX_TRIES;
+        let (mut faults, mut slow) = (0, 0);
         loop {
             let claim = new_claim(deadline);
-            let is_last = tries.next().is_none_or(|tried| tried == MAX_TRIES);
-            let failed = match self.acquire_once(&claim, &unknown, ticket, misses, deadline) {
+            let mut failed = match self.acquire_once(&claim, &unknown, ticket, misses, deadline) {
                 Err(failed) => failed,
-                attempt => return attempt,
+                Ok(Err(after)) => {
+                    slow += 1;
+                    // Once may be chance: a process that was stopped for a while.
+                    if slow < MOST_SLOW && Instant::now() < deadline {
+                        continue;
+                    }
+                    let (action, waiting_for) = (format!("acquire lock {:?}", claim.lock_id), FAST_ANSWER);
+                    return Err(Failed {
+                        error: Error::Timeout { action, waiting_for, after },
+                        is_unknown: false,
+                        is_connection_fault: false,
+                    });
+                }
+                Ok(Ok(attempt)) => return Ok(attempt),
             };
             if failed.is_unknown {
                 if ticket.is_some() {
@@ -308,7 +396,15 @@ impl PostgresStorage {
                 self.follow_up(Unfinished::acquire(claim.clone(), Instant::now()));
                 unknown.push(claim);
             }
-            if !failed.is_connection_fault || is_last || Instant::now() >= deadline {
+            faults += u32::from(failed.is_connection_fault);
+            let is_silent = matches!(failed.error, Error::Timeout { .. }) && !failed.is_connection_fault;
+            if !failed.is_connection_fault && !is_silent || faults >= MAX_TRIES || Instant::now() >= deadline {
+                if let Error::Timeout { after, waiting_for, .. } = &mut failed.error {
+                    *after = began.elapsed();
+                    if slow > 0 {
+                        *waiting_for = FAST_ANSWER;
+                    }
+                }
                 return Err(failed);
             }
         }
@@ -322,7 +418,7 @@ impl PostgresStorage {
         ticket: Option<Ticket>,
         misses: u32,
         deadline: Instant,
-    ) -> Result<Attempt, Failed> {
+    ) -> Result<InTime, Failed> {
         let (sql, owned, unknown) = (Arc::clone(&self.inner.sql), claim.clone(), unknown.to_vec());
         let call = move |session: &mut Session| {
             for before in &unknown {
@@ -336,14 +432,16 @@ impl PostgresStorage {
         };
         let (storage, sql) = (self.clone(), Arc::clone(&self.inner.sql));
         // A place in the row is followed up by whoever gave up.
-        let late = move |session: &mut Session, attempt| {
-            if let Attempt::Taken { claim, granted, .. } = attempt {
+        let late = move |session: &mut Session, attempt: InTime| {
+            if let Ok(Attempt::Taken { claim, granted, .. }) = attempt {
                 storage.undo(session, &sql, claim, granted);
             }
         };
         let describe = claim.lock_id.clone();
         let action = move || format!("acquire lock {describe:?}");
-        self.inner.workers.call(Urgency::Ordinary, deadline, 1, action, call, late)
+        let workers = &self.inner.workers;
+        let once = Tries::Once { silence: workers.longest_silence() };
+        workers.call(Urgency::Ordinary, deadline, once, action, call, late).map(|answer| answer.value)
     }
 
     /// Sends a refresh. Its answer goes to the hold, also when it comes late.
@@ -376,8 +474,8 @@ impl PostgresStorage {
             let describe = hold.claim.lock_id.clone();
             let action = move || format!("look for lock {describe:?}");
             let call = move |session: &mut Session| session.refresh(&sql, &claim, version);
-            match self.inner.workers.call(Urgency::Urgent, deadline, MAX_TRIES, action, call, |_, _| ()) {
-                Ok(is_wanted) => return Some(is_wanted.is_some()),
+            match self.inner.workers.call(Urgency::Urgent, deadline, Tries::Several, action, call, |_, _| ()) {
+                Ok(is_wanted) => return Some(is_wanted.value.is_some()),
                 // Somebody's transaction has the row, perhaps one that is about to end.
                 Err(failed) => {
                     failures += 1;
@@ -408,18 +506,18 @@ impl PostgresStorage {
     fn release_until(&self, hold: &Arc<Hold>, deadline: Instant) -> Result<()> {
         let own = Some(self.inner.listener.waiter);
         let successor = self.lines().successor(hold);
-        let mut failures = 0;
+        let (began, mut first) = (Instant::now(), None);
         if let Successor::Waiter(next) = &successor {
             match self.hand_over(hold, next, deadline) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 // The release finds out.
-                Err(_) => failures = 1,
+                Err(error) => first = Some(error),
             }
         }
         let waits_again = matches!(successor, Successor::Waiter(_) | Successor::Others);
         let waiter = if matches!(successor, Successor::Unknown) { None } else { own };
-        let result = self.give_back(hold, waiter, waits_again, failures, deadline);
+        let result = self.give_back(hold, waiter, waits_again, first, began, deadline);
         // Those before us come first, unless they don't come. One that doesn't stand in the row has to ask.
         let before = result.as_ref().map_or(0, |waiters| if waits_again { waiters.saturating_sub(1) } else { 0 });
         let pause = if before > 0 { GRACE + STEP * (before - 1) } else { Duration::ZERO };
@@ -431,11 +529,12 @@ impl PostgresStorage {
         result.map(drop)
     }
 
-    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row. Leaves half of the time for a release.
+    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row. Where it is silent for half of the
+    /// time, and another connection answers, the rest is for a release.
     fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<bool> {
         let now = Instant::now();
-        let half = now + deadline.saturating_duration_since(now) / 2;
-        let claim = next.claim(half);
+        let once = Tries::Once { silence: deadline.saturating_duration_since(now) / 2 };
+        let claim = next.claim(deadline);
         let (sql, before, owned) = (Arc::clone(&self.inner.sql), Arc::clone(hold), claim.clone());
         let call = move |session: &mut Session| session.hand_over(&sql, &before.claim, before.version, &owned);
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
@@ -446,9 +545,9 @@ impl PostgresStorage {
         };
         let describe = claim.lock_id.clone();
         let action = move || format!("hand over lock {describe:?}");
-        let granted = match self.inner.workers.call(Urgency::Urgent, half, 1, action, call, late) {
-            Ok(Some(granted)) => granted,
-            Ok(None) => return Ok(false),
+        let granted = match self.inner.workers.call(Urgency::Urgent, deadline, once, action, call, late) {
+            Ok(Answer { value: Some(granted), .. }) => granted,
+            Ok(Answer { value: None, .. }) => return Ok(false),
             Err(failed) => {
                 if failed.is_unknown {
                     self.follow_up(Unfinished::acquire(claim, Instant::now()));
@@ -466,30 +565,37 @@ impl PostgresStorage {
         Ok(true)
     }
 
-    /// Releases a hold that was tried to be ended `failures` times before, and says how many processes wait.
+    /// Releases a hold, and says how many processes wait. `first` is why the hand-over failed that was tried since `began`.
     fn give_back(
         &self,
         hold: &Hold,
         waiter: Option<Uuid>,
         waits_again: bool,
-        mut failures: u32,
+        mut first: Option<Error>,
+        began: Instant,
         deadline: Instant,
     ) -> Result<u32> {
+        let mut failures = 0;
         let release = Release { claim: hold.claim.clone(), version: Some(hold.version), waiter, waits_again };
         loop {
             match self.run_release(Urgency::Urgent, deadline, &release) {
                 Ok((Some(waiters), _)) => return Ok(waiters),
                 // The answer to an earlier try was lost, and the hold has gone since, while nobody but ourselves could
                 // end it: it was that try.
-                Ok((None, is_repetition)) if (is_repetition || failures > 0) && hold.is_held() => return Ok(0),
+                Ok((None, is_repetition)) if (is_repetition || first.is_some()) && hold.is_held() => return Ok(0),
                 Ok((None, _)) => return Err(hold.lost()),
                 Err(error) => {
                     failures += 1;
-                    let pause = backoff(failures);
-                    if !error.is_transient() || Instant::now() + pause >= deadline {
+                    let (pause, is_transient) = (backoff(failures), error.is_transient());
+                    let mut error = if is_transient { first.take().unwrap_or(error) } else { error };
+                    if !is_transient || Instant::now() + pause >= deadline {
                         self.follow_up(Unfinished::hold(hold.claim.clone(), hold.version, Instant::now()));
+                        if let Error::Timeout { after, .. } = &mut error {
+                            *after = began.elapsed();
+                        }
                         return Err(error);
                     }
+                    first = Some(error);
                     thread::sleep(pause);
                 }
             }
@@ -500,14 +606,13 @@ impl PostgresStorage {
     fn run_release(&self, urgency: Urgency, deadline: Instant, release: &Release) -> Result<(Option<u32>, bool)> {
         let (sql, release) = (Arc::clone(&self.inner.sql), release.clone());
         let describe = release.claim.lock_id.clone();
-        let mut is_repetition = false;
         let call = move |session: &mut Session| {
-            let was_tried = std::mem::replace(&mut is_repetition, true);
             let Release { claim, version, waiter, waits_again } = &release;
-            Ok((session.release(&sql, claim, *version, *waiter, *waits_again)?, was_tried))
+            session.release(&sql, claim, *version, *waiter, *waits_again)
         };
         let action = move || format!("release lock {describe:?}");
-        Ok(self.inner.workers.call(urgency, deadline, MAX_TRIES, action, call, |_, _| ())?)
+        let answer = self.inner.workers.call(urgency, deadline, Tries::Several, action, call, |_, _| ())?;
+        Ok((answer.value, answer.is_repeated))
     }
 
     /// Takes this process out of the row of a lock, in the background.
@@ -526,10 +631,11 @@ impl PostgresStorage {
         let action = move || format!("leave the row of lock {described:?}");
         let call = move |session: &mut Session| session.withdraw(&sql, &owned, waiter);
         let deadline = Instant::now() + RELEASE_TIME;
-        let result = self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ());
+        let result = self.inner.workers.call(Urgency::Ordinary, deadline, Tries::Several, action, call, |_, _| ());
         // Somebody may have come meanwhile.
         self.lines().withdrawn(lock_id);
-        Ok(result?)
+        result?;
+        Ok(())
     }
 
     /// Undoes in the background what may be left.
@@ -569,8 +675,8 @@ impl PostgresStorage {
         };
         let action = move || format!("release lock {describe:?}");
         let deadline = Instant::now() + RELEASE_TIME;
-        let outcome = self.inner.workers.call(Urgency::Ordinary, deadline, MAX_TRIES, action, call, |_, _| ());
-        outcome.unwrap_or(Outcome::Failed)
+        let outcome = self.inner.workers.call(Urgency::Ordinary, deadline, Tries::Several, action, call, |_, _| ());
+        outcome.map_or(Outcome::Failed, |answer| answer.value)
     }
 }
 
@@ -582,7 +688,7 @@ fn acquire_on(
     ticket: Option<Ticket>,
     misses: u32,
     deadline: Instant,
-) -> Result<Attempt, Fault> {
+) -> Result<InTime, Fault> {
     let mut missed = 0;
     loop {
         let outcome = match session.acquire(sql, claim, ticket)? {
@@ -591,19 +697,59 @@ fn acquire_on(
         };
         match outcome {
             Acquired::Taken { granted, taken_over_from } => {
-                if Term::new(granted.sent, granted.left, claim.lease).is_held(Instant::now()) {
-                    return Ok(Attempt::Taken { claim: claim.clone(), granted, taken_over_from });
+                // Of two answers as late as this one the second must come before the loss is told, and a little more.
+                let (took, term) = (granted.sent.elapsed(), Term::new(granted.sent, granted.left, claim.lease));
+                if took.mul_f64(2.2) <= term.loss_time().saturating_duration_since(granted.sent) {
+                    return Ok(Ok(Attempt::Taken { claim: claim.clone(), granted, taken_over_from }));
                 }
-                // The answer took longer than the lease: nothing to trust.
+                // With refreshes as slow as that it would be lost.
                 session.release(sql, claim, Some(granted.version), None, false)?;
-                return Ok(Attempt::Busy(None));
+                return Ok(Err(took));
             }
-            Acquired::Busy(busy) => return Ok(Attempt::Busy(Some(busy))),
+            Acquired::Busy(busy) => return Ok(Ok(Attempt::Busy(Some(busy)))),
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
             Acquired::Missed | Acquired::Absent | Acquired::Locked | Acquired::TooLate => {
-                return Ok(Attempt::Busy(None));
+                return Ok(Ok(Attempt::Busy(None)));
             }
         }
+    }
+}
+
+/// The lists that are being made, by when they began.
+#[derive(Default)]
+struct Lists {
+    began: Mutex<Vec<Instant>>,
+    ended: Condvar,
+}
+
+/// The turn of one of them, from when it began.
+struct ListTurn(Arc<Lists>, Instant);
+
+impl ListTurn {
+    /// Waits until nobody else makes one, or only those that are stuck, for longer than a list takes.
+    fn take(lists: &Arc<Lists>, deadline: Instant, longest: Duration) -> Option<ListTurn> {
+        let mut began = lock(&lists.began);
+        loop {
+            let now = Instant::now();
+            if began.len() < MOST_LISTS && began.iter().all(|began| now.duration_since(*began) >= longest) {
+                began.push(now);
+                return Some(ListTurn(Arc::clone(lists), now));
+            }
+            if now >= deadline {
+                return None;
+            }
+            began = wait_until(&lists.ended, began, deadline);
+        }
+    }
+}
+
+impl Drop for ListTurn {
+    fn drop(&mut self) {
+        let mut began = lock(&self.0.began);
+        if let Some(own) = began.iter().position(|began| *began == self.1) {
+            began.swap_remove(own);
+        }
+        self.0.ended.notify_all();
     }
 }
 

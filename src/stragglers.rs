@@ -1,15 +1,15 @@
 //! How many threads may be left behind in calls that never end.
 //!
-//! A thread in the client can't be interrupted. A few stuck ones are replaced at once. When more and more get stuck the server is
-//! likely to be frozen, and further ones would only add to the pile; but it may also be a box in between that swallowed
-//! just these connections and serves new ones, so one more is let go from time to time.
+//! A thread in the client can't be interrupted. A few stuck ones are replaced at once. When more and more get stuck, and nothing
+//! is answered in between, the server is likely to be frozen, and further ones would only add to the pile; but it may also be a
+//! box in between that swallowed just these connections and serves new ones, so one more is let go from time to time.
 
 use std::time::Duration;
 
 use crate::sync::Instant;
 
 /// Never more than this.
-pub(crate) const MAX: usize = 64;
+const MAX: usize = 64;
 const AT_ONCE: usize = 8;
 const ONE_MORE_AFTER: Duration = Duration::from_secs(30);
 
@@ -19,7 +19,7 @@ pub(crate) struct Stragglers {
 }
 
 impl Stragglers {
-    /// Whether another thread may be started while `stuck` are stuck.
+    /// Whether another thread may be started while `stuck` are stuck, counted since the last success.
     pub(crate) fn may_add(&mut self, stuck: usize, now: Instant) -> bool {
         if stuck < AT_ONCE {
             return true;

@@ -82,6 +82,7 @@ impl LockGuard {
     /// transaction is rolled back (of one within another one, this part). The lock is held as before, or lost as the
     /// error says.
     pub fn unlock_in<'a>(&'a self, mut transaction: Transaction<'a>) -> Result<UnlockTransaction<'a>> {
+        self.storage.check_process()?;
         if !self.hold.is_before_deadline() {
             return Err(self.hold.lost());
         }

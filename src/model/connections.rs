@@ -1,4 +1,4 @@
-//! Connections to the toy server: there is always another one.
+//! Connections to the toy server, as slow and as lossy to open as what is sent on them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,41 +8,23 @@ use postgres::Config;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::session::Session;
-use crate::sync::Instant;
 
-/// Something that is dropped, like the real ones.
 #[derive(Clone)]
 pub(crate) struct Connections(Arc<()>);
 
-pub(crate) struct CheckedOut(Session);
-
 impl Connections {
-    pub(crate) fn new(_: Config, _: u32, _: Events) -> Connections {
-        Connections(Arc::new(()))
+    pub(crate) fn new(_: &Config, _: Events) -> Connections {
+        Connections(Arc::default())
     }
 
     pub(crate) fn opening_time(&self) -> Duration {
         Duration::from_secs(5)
     }
 
-    pub(crate) fn open_apart(
-        &self,
-        prepare: impl FnOnce(&mut Session) -> Result<(), postgres::Error>,
-    ) -> Result<Box<Session>> {
-        let mut session = Session::new();
-        prepare(&mut session).map_err(|source| Error::Connect { source })?;
-        Ok(Box::new(session))
-    }
+    pub(crate) fn doubt(&self) {}
 
-    pub(crate) fn check_out(&self, _: Instant) -> Result<CheckedOut> {
-        Ok(CheckedOut(Session::new()))
+    pub(crate) fn open(&self, prepare: impl Fn(&mut Session) -> Result<(), postgres::Error>) -> Result<Session> {
+        let opened = Session::open().and_then(|mut session| prepare(&mut session).map(|()| session));
+        opened.map_err(|source| Error::Connect { address: "the toy".to_owned(), source: source.into() })
     }
-}
-
-impl CheckedOut {
-    pub(crate) fn usable(&mut self) -> Option<&mut Session> {
-        if self.0.is_broken { None } else { Some(&mut self.0) }
-    }
-
-    pub(crate) fn close(self) {}
 }

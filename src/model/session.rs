@@ -189,8 +189,11 @@ fn travel(weather: &Weather) {
 }
 
 impl Session {
-    pub(crate) fn new() -> Session {
-        Session { is_broken: false, inbox: None }
+    /// Opens one, which takes its time, and may fail.
+    pub(crate) fn open() -> Result<Session, postgres::Error> {
+        let weather = server(|server| server.weather);
+        travel(&weather);
+        if chance(weather.losses) { Err(fault()) } else { Ok(Session { is_broken: false, inbox: None }) }
     }
 
     /// Runs a statement on the server, at one moment, unless it gets lost.
@@ -346,11 +349,37 @@ impl Session {
 
     pub(crate) fn tell_break(&self) {}
 
+    pub(crate) fn is_doubted(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn trust(&mut self, _: usize) {}
+
+    pub(crate) fn prove(&mut self, _: Duration) -> bool {
+        true
+    }
+
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.is_broken
+    }
+
+    pub(crate) fn is_ready(&mut self, _: Duration) -> bool {
+        self.is_usable()
+    }
+
+    pub(crate) fn is_unprepared(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn prepare(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         false
     }
 
-    pub(crate) fn route_generation(&self) -> u64 {
+    pub(crate) fn route_generation(&self) -> usize {
         0
     }
 
@@ -378,7 +407,7 @@ impl Session {
         Ok(None)
     }
 
-    pub(crate) fn list(&mut self, _: &Sql) -> Result<Vec<LockInformation>, Fault> {
+    pub(crate) fn list(&mut self, _: &Sql, _: Duration) -> Result<Vec<LockInformation>, Fault> {
         Ok(Vec::new())
     }
 

@@ -739,7 +739,7 @@ fn an_acquire_that_is_about_to_commit_is_not_settled() {
     assert!(!undoing.is_settled(&table.sql, "l").unwrap(), "it is going to be made");
     // As the server's clock said.
     let ends = undoing.clock.0 + LONG;
-    let parameters: [Parameter<'_>; 5] = [
+    let parameters: [(&(dyn ToSql + Sync), Type); 5] = [
         (&first.lock_id, Type::TEXT),
         (&first.owner_id, Type::TEXT),
         (&first.lease_id, Type::UUID),

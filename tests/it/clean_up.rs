@@ -244,16 +244,9 @@ fn an_acquire_whose_answer_is_swallowed_ends_in_time_and_leaves_no_lock_behind()
                 let attempt = || lock.try_lock_for("ours", ms(20));
                 assert!(is_timeout(takes_at_most(ms(1_000), case, attempt)));
             }
-            "try_lock" => assert!(is_timeout(takes_at_most(Duration::from_secs(16), case, || lock.try_lock("ours")))),
-            // It may go on, and have it.
-            _ => {
-                let result = takes_at_most(Duration::from_secs(16), case, || lock.lock("ours"));
-                let result = result.map(|guard| {
-                    drop(guard);
-                    None
-                });
-                assert!(is_timeout(result));
-            }
+            // With time for another connection they have it.
+            "try_lock" => assert!(takes_at_most(ms(6_000), case, || lock.try_lock("ours")).unwrap().is_some()),
+            _ => drop(takes_at_most(ms(6_000), case, || lock.lock("ours")).unwrap()),
         }
         assert!(ours.proxy.has_swallowed());
         is_free_soon(&table, case, Instant::now());

@@ -65,16 +65,14 @@ fn an_acquire_that_is_given_up_without_an_answer_is_followed_up() {
     within(Duration::from_secs(8), "the lock is free", || theirs.try_lock("other").unwrap().map(drop));
 }
 
-/// The request is swallowed, and the connection stays open: until the end of its time the guard can't know.
+/// The request is swallowed, and the connection stays open.
 #[test]
-fn a_release_that_the_server_never_got_is_repeated() {
+fn a_release_that_the_server_never_got_is_repeated_on_another_connection() {
     let (table, proxy, storage) = proxied();
     let guard = short_lock(&storage, "l", ms(90_000), ms(30_000)).lock("worker").unwrap();
     proxy.swallow_open_connections();
-    let result = takes_at_most(ms(2_500), "unlock", || guard.unlock());
-    assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
-    let theirs = table.lock("l");
-    within(Duration::from_secs(8), "the lock is free", || theirs.try_lock("other").unwrap().map(drop));
+    takes_at_most(ms(2_500), "unlock", || guard.unlock()).unwrap();
+    assert!(table.lock("l").try_lock("other").unwrap().is_some());
 }
 
 #[test]
@@ -193,6 +191,8 @@ fn tasks_that_expired_in_the_queue_cost_no_connection() {
     let storage = PostgresStorage::new(options).unwrap();
     let lock = StorageLock::new(&storage, "l").unwrap();
     drop(lock.lock("warm-up").unwrap());
+    // Its statements are prepared meanwhile.
+    thread::sleep(ms(300));
     let before = proxy.connections();
     proxy.delay_answers(ms(1_000));
     thread::scope(|scope| {
@@ -228,7 +228,7 @@ fn with_all_packets_swallowed_every_call_comes_back() {
         dropped.join().unwrap();
     });
     let error = takes_at_most(ms(11_000), "try_lock", || free.try_lock("worker")).unwrap_err();
-    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert!(matches!(error, Error::Timeout { .. } | Error::Connect { .. }), "{error:?}");
     assert!(start.elapsed() < Duration::from_secs(20));
     eventually("the lock is free", || table.lock("l").try_lock("other").unwrap().is_some());
     takes_at_most(ms(500), "closing", || drop((lock, free, storage)));

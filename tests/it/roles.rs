@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use storage_lock::{LockGuard, LockOptions, PostgresStorage, Result, StorageLock};
 
 use crate::fence::{LEVELS, begin, set};
+use crate::fork;
 use crate::leaks;
+use crate::networks;
 use crate::support::child::{role, say, wait_for_parent};
 use crate::support::{Table, chain, eventually, is_refreshed, ms, short_lock, takes_at_most, waiting_thread, within};
 
@@ -37,6 +39,10 @@ fn child_process() {
         ("panic within the driver", []) => panic_within_the_driver(&table),
         ("log slowly", []) => log_slowly(&table),
         ("panic at every line", []) => panic_at_every_line(&table),
+        ("fork", []) => fork::fork(&table),
+        ("connect to a name", [port]) => networks::connect_to_a_name(&table, port.parse().unwrap()),
+        ("no descriptor", []) => networks::no_descriptor(&table),
+        ("hold twenty", []) => networks::hold_twenty(&table),
         ("cycles", []) => leaks::cycles(&table),
         ("failed connects", [closing]) => leaks::failed_connects(&table, closing.parse().unwrap()),
         ("take turns", [threads, seconds]) => {

@@ -31,7 +31,7 @@ fn with_every_process_of_the_server_stopped_every_call_comes_back() {
             let result = takes_at_most(ms(2_000), "connect", || {
                 PostgresStorage::connect(&format!("{} connect_timeout=1", server.dsn))
             });
-            assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
+            assert!(chain(&result.unwrap_err()).contains("connect_timeout"));
         });
         eventually("the hold is lost", || !guard.is_held());
         // The last refresh may have come just before the freeze.

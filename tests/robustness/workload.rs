@@ -550,7 +550,7 @@ impl Worker<'_> {
         let write = Write { setting, recorder, phase, asked, thread: self.thread };
         let run = || {
             if client.is_none() {
-                *client = Some(connect(setting).map_err(|source| Error::Connect { source })?);
+                *client = Some(connect(setting).map_err(no_connection)?);
             }
             work(&write, client.as_mut().expect("connected"))
         };
@@ -591,6 +591,10 @@ fn connect(setting: &Setting) -> std::result::Result<Client, postgres::Error> {
     let mut config: postgres::Config = setting.dsn.parse()?;
     config.options(&format!("-c idle_in_transaction_session_timeout={most} -c statement_timeout={most}"));
     config.connect(NoTls)
+}
+
+fn no_connection(source: postgres::Error) -> Error {
+    Error::Connect { address: "the server".to_owned(), source: source.into() }
 }
 
 fn begin(client: &mut Client, level: Level) -> std::result::Result<Transaction<'_>, postgres::Error> {

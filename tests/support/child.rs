@@ -1,6 +1,7 @@
 //! Other processes: this test binary runs itself again, as one of the roles in [`crate::roles`].
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -27,7 +28,27 @@ impl Process {
     }
 
     pub fn start_with_stderr(role: &str, table: &Table, arguments: &[&str], stderr: Stdio) -> Process {
-        let mut child = Command::new(std::env::current_exe().expect("this binary"))
+        Process::start_by(Command::new(std::env::current_exe().expect("this binary")), role, table, arguments, stderr)
+    }
+
+    /// Where other names are known to it, if such a process can be started here.
+    pub fn start_with_hosts(hosts: &Path, role: &str, table: &Table, arguments: &[&str]) -> Option<Process> {
+        let unshare = |command: &str| {
+            let mut unshare = Command::new("unshare");
+            unshare.args(["--map-root-user", "--mount", "sh", "-c"]);
+            unshare.arg(format!("mount --bind \"$0\" /etc/hosts && {command}")).arg(hosts);
+            unshare
+        };
+        if !unshare("true").stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+            return None;
+        }
+        let mut command = unshare("exec \"$@\"");
+        command.arg(std::env::current_exe().expect("this binary"));
+        Some(Process::start_by(command, role, table, arguments, Stdio::inherit()))
+    }
+
+    fn start_by(mut command: Command, role: &str, table: &Table, arguments: &[&str], stderr: Stdio) -> Process {
+        let mut child = command
             .args(["--exact", "roles::child_process", "--nocapture", "--test-threads=1"])
             .env(
                 ROLE,
