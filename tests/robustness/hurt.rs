@@ -92,6 +92,8 @@ pub enum Hurt {
     Freeze,
     // Inside the database.
     EndSessions,
+    /// Every few moments.
+    EndSessionsAgain,
     TakeAllConnections,
     KeepSnapshot,
     LockRow,
@@ -110,7 +112,7 @@ pub enum Hurt {
 }
 
 /// Which hurts there are, without their details; a seed uses some of them.
-pub const KINDS: [&str; 28] = [
+pub const KINDS: [&str; 30] = [
     "kill",
     "short stop",
     "long stop",
@@ -120,12 +122,14 @@ pub const KINDS: [&str; 28] = [
     "lost answer",
     "late answer",
     "delay",
+    "long delay",
     "stall",
     "fade",
     "crash",
     "restart",
     "freeze",
     "end sessions",
+    "end sessions again",
     "full",
     "snapshot",
     "locked row",
@@ -156,6 +160,7 @@ impl Hurt {
             Hurt::Cut => "cut",
             Hurt::LoseAnswer { .. } => "lost answer",
             Hurt::HoldBackAnswer { .. } => "late answer",
+            Hurt::Delay { answers, .. } if *answers > ms(600) => "long delay",
             Hurt::Delay { .. } => "delay",
             Hurt::Stall { .. } => "stall",
             Hurt::Fade { .. } => "fade",
@@ -163,6 +168,7 @@ impl Hurt {
             Hurt::Restart => "restart",
             Hurt::Freeze => "freeze",
             Hurt::EndSessions => "end sessions",
+            Hurt::EndSessionsAgain => "end sessions again",
             Hurt::TakeAllConnections => "full",
             Hurt::KeepSnapshot => "snapshot",
             Hurt::LockRow => "locked row",
@@ -269,6 +275,8 @@ impl Plan {
             track(ms(2_000), &|random| {
                 let mut delay = || if random.random_bool(0.3) { ms(0) } else { random.random_range(ms(1)..ms(600)) };
                 let delay = Hurt::Delay { requests: delay(), answers: delay() };
+                // Longer than some leases, and than a try.
+                let long = Hurt::Delay { requests: ms(0), answers: random.random_range(ms(601)..ms(3_000)) };
                 let which = random.random_range(1..4);
                 let stall =
                     Hurt::Stall { requests: which & 1 > 0, answers: which & 2 > 0, then_cuts: random.random_bool(0.4) };
@@ -305,6 +313,7 @@ impl Plan {
                     (late, FRESH_TIME),
                     (fade, random.random_range(lease..lease * 3 / 2)),
                     (delay, random.random_range(ms(500)..ms(2_500))),
+                    (long, random.random_range(ms(1_000)..ms(4_000))),
                     (stall, random.random_range(ms(100)..lease * 3 / 2)),
                 ];
                 all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
@@ -319,9 +328,10 @@ impl Plan {
             ];
             all.into_iter().filter(|(hurt, _)| has(hurt.name())).collect()
         });
-        let database = track(ms(2_500), &|random| {
+        let database = track(ms(1_800), &|random| {
             let all = [
                 (Hurt::EndSessions, ms(0)),
+                (Hurt::EndSessionsAgain, random.random_range(ms(300)..ms(2_000))),
                 (Hurt::TakeAllConnections, random.random_range(ms(200)..ms(1_500))),
                 (Hurt::KeepSnapshot, random.random_range(ms(500)..ms(3_000))),
                 (Hurt::LockRow, random.random_range(ms(50)..lease * 5 / 4)),
@@ -486,10 +496,13 @@ impl Targets<'_> {
         let mut client = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls).ok()?;
         let table = self.table;
         match planned.hurt {
-            Hurt::EndSessions => {
+            Hurt::EndSessions | Hurt::EndSessionsAgain => {
                 let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                            WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND random() < 0.7";
-                client.batch_execute(sql).ok();
+                let start = Instant::now();
+                while client.batch_execute(sql).is_ok() && start.elapsed() < planned.lasts {
+                    thread::sleep(ms(50));
+                }
             }
             Hurt::LockTable => {
                 // Behind whoever uses it now; everybody else stands behind this one meanwhile.

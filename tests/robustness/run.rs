@@ -23,7 +23,7 @@ use crate::workload::{FOLLOW_UP, HOT, Habits, QUEUE, Setting, register_ddl};
 
 pub const TIMES: Times =
     Times { lease: ms(2_000), longest_lease: ms(3_000), refresh: ms(400), own_lease: ms(15_000), idle: ms(5_000) };
-const WORKERS: usize = 3;
+pub const WORKERS: usize = 3;
 const THREADS: u32 = 4;
 /// How many workers there are beside them that only wait, and their threads.
 const WAITING: usize = 2;
@@ -31,7 +31,7 @@ const WAITING_THREADS: u32 = 3;
 /// Of a waiter in a row: not one that was put there, see `hurt`.
 const IS_A_PROCESS: &str = "waiter::text NOT LIKE 'dead%'";
 /// How long everything is hurt.
-const FAULTS: Duration = ms(6_000);
+pub const FAULTS: Duration = ms(6_000);
 /// After so many violations of a run nobody reads on.
 const SHOWN: usize = 5;
 
@@ -183,8 +183,8 @@ impl Run {
             threads: if worker < workers { THREADS } else { WAITING_THREADS },
             only_waits: worker >= workers,
             habits,
-            // One works with the fewest.
-            max_connections: [4, 2, 3].get(worker).copied().unwrap_or(4),
+            // One works with the fewest, and one with a single one.
+            max_connections: [4, 2, 1].get(worker).copied().unwrap_or(4),
             lease: TIMES.lease,
             longest_lease: TIMES.longest_lease,
             idle: TIMES.idle,
