@@ -34,15 +34,15 @@ use crate::user_code::{self, note};
 
 /// What opening may take beyond the time of its addresses.
 const SLACK: Duration = Duration::from_millis(250);
-/// What a host may have.
+/// How many addresses a host is taken to have before it was looked up.
 const MANY_ADDRESSES: usize = 10;
 /// What took so long to fail counts as silent.
-const SOON: Duration = Duration::from_secs(1);
+const SLOW_FAILURE: Duration = Duration::from_secs(1);
 /// What was silent is tried last for so long.
 const SILENT_FOR: Duration = Duration::from_secs(60);
 /// More descriptors than the client needs to open a connection: it panics where it gets none.
 const DESCRIPTORS: usize = 8;
-/// An error says of so many addresses, beside the first, why they don't let us in.
+/// How many addresses an error explains beside the first.
 const SHOWN_CAUSES: usize = 4;
 /// What a server, or a pooler before it, says of start-up options that it doesn't know.
 const REFUSED_OPTIONS: [SqlState; 3] =
@@ -59,7 +59,7 @@ struct Shared {
     is_shuffled: bool,
     route: Arc<Route>,
     connect_timeout: Duration,
-    /// How many addresses there were when they were looked up last.
+    /// How many addresses the hosts had that the last attempt came to.
     addresses: AtomicUsize,
     state: Mutex<State>,
     changed: Condvar,
@@ -119,7 +119,7 @@ impl Connections {
         }))
     }
 
-    /// How long it may take to open a connection, when each address has its time. Before the first look-up that is a guess, and
+    /// How long it may take to open a connection, when each address has its time, look-ups apart. Before the first look-up that is a guess, and
     /// a long one: an attempt ends when all addresses have been tried, however many they are.
     pub(crate) fn opening_time(&self) -> Duration {
         let addresses = match self.0.addresses.load(Ordering::Relaxed) {
@@ -199,7 +199,8 @@ impl Connections {
     }
 
     fn is_silent(&self, address: &Address) -> bool {
-        lock(&self.0.state).silent.iter().any(|(silent, _)| silent == address)
+        let state = lock(&self.0.state);
+        state.silent.iter().any(|(silent, since)| silent == address && since.elapsed() < SILENT_FOR)
     }
 
     /// The addresses of a host.
@@ -255,8 +256,8 @@ impl Connections {
         is_connect: bool,
         work: impl FnOnce(&dyn Fn()) -> Result<T, Cause> + Send + 'static,
     ) -> Result<T, Cause> {
-        let began = Instant::now();
         let under_way = self.begin()?;
+        let began = Instant::now();
         let (sender, progress) = mpsc::channel();
         let (connections, route) = (self.clone(), Arc::clone(&self.0.route));
         thread::Builder::new().name("lock-connect".to_owned()).spawn(move || {
@@ -287,7 +288,7 @@ impl Connections {
         silent.retain(|(silent, since)| silent != address && since.elapsed() < SILENT_FOR);
         match progressed {
             Ok(Progress::Done(done)) => {
-                if done.is_err() && began.elapsed() >= SOON {
+                if done.is_err() && began.elapsed() >= SLOW_FAILURE {
                     silent.push((address.clone(), Instant::now()));
                 }
                 done
@@ -436,12 +437,12 @@ fn look_for_descriptors() -> io::Result<()> {
     static TAKING: Mutex<Vec<Instant>> = Mutex::new(Vec::new());
     const MOST: usize = 8;
 
-    let taking = {
-        let mut taking = lock(&TAKING);
+    // In a fork a thread that is no more may have it.
+    let taking = TAKING.try_lock().map_or(MOST, |mut taking| {
         taking.retain(|began| began.elapsed() < Duration::from_millis(100));
         taking.push(Instant::now());
         taking.len().min(MOST)
-    };
+    });
     if cfg!(unix) {
         let tried: io::Result<Vec<_>> = (0..taking * DESCRIPTORS / 2).map(|_| io::pipe()).collect();
         // EMFILE and ENFILE. What else may be wrong with a pipe says nothing about a socket.

@@ -32,8 +32,8 @@ pub enum Error {
     /// No connection could be opened: refused, unreachable, wrong password, unknown database, too many connections.
     #[error("cannot open a connection to PostgreSQL at {address}")]
     Connect {
-        /// Where it was tried: host, address and port. Where there are several, this is one of them, and what became of the others
-        /// follows.
+        /// Where it was tried: host, address and port. Where there are several, this is one of them; up to four others follow,
+        /// each with its cause.
         address: String,
         /// What was wrong there: a [`postgres::Error`], or the [`std::io::Error`] of what didn't come so far.
         source: Cause,
@@ -93,8 +93,8 @@ pub enum Error {
     #[error("this process was forked from the one that opened the storage: open a storage of its own in it")]
     Forked,
 
-    /// The operating system gave no further thread.
-    #[error("cannot start a thread")]
+    /// A thread of the library could not be started, or panicked.
+    #[error("a thread of the library failed")]
     Thread {
         /// What the operating system said.
         source: std::io::Error,

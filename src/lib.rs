@@ -100,14 +100,14 @@
 //! | level | what |
 //! | --- | --- |
 //! | `error` | nothing |
-//! | `warn` | a hold was lost (once: also where its guard is dropped afterwards); refreshes, or attempts to connect or to listen, began to fail, and are repeated (one line for a storage, until the database answers again, and at most one in 10 s); no more connections can be opened than those that work (once); a dropped guard could not release its lock; a callback panicked. Never in a healthy run |
-//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised; the database answers again, after so many failures |
+//! | `warn` | a hold was lost (once: also where its guard is dropped afterwards); refreshes, or attempts to listen, began to fail, and are repeated (a line for each of the two, until they succeed again, at most one in 10 s); no connection can be opened beside those that work (a line after three failures in a row, until one can); a dropped guard could not release its lock; a callback panicked. Never in a healthy run |
+//! | `info` | a lock was taken over from a holder whose lease had run out; the table was created; a pooler was recognised; refreshes succeed again, or listening, after so many failures |
 //! | `debug` | a lock was acquired, busy or released; a connection was opened, or found closed; each further failure; a wait goes on although the database is out of reach |
 //! | `trace` | a lease was refreshed |
 //!
 //! A slow logger delays the thread that writes the line, as a slow callback does; a delayed refresh can lose the hold.
 //! A logger that panics costs the line. But the driver (target `tokio_postgres`) logs at `debug` within each call. A
-//! panic there costs the connection, and the call is repeated on another one, three times at most. So filter the
+//! panic there costs the connection, and the call is made on another one, three times in all. So filter the
 //! driver's lines.
 //!
 //! # Versions

@@ -114,7 +114,6 @@ impl Running {
         let waiter = listener.waiter;
         let mut failures = 0;
         while !self.is_done() {
-            let began = Instant::now();
             match connections.open(move |session| session.listen(waiter)) {
                 Ok(session) if !session.is_direct() => {
                     note!(info, "waiting polls: a pooler is in the way of notifications");
@@ -122,7 +121,8 @@ impl Running {
                     return;
                 }
                 Ok(mut session) => {
-                    listener.trouble.answered(Duration::ZERO);
+                    let began = Instant::now();
+                    listener.trouble.over();
                     listener.set_on(true, lines);
                     let end = self.listen(&mut session);
                     listener.set_on(false, lines);

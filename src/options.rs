@@ -96,7 +96,7 @@ impl PostgresStorageOptions {
 
     /// How many connections there may be, each opened when it is first needed, and closed when its thread had nothing to do for a minute.
     /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases. While threads wait for other
-    /// processes there is one more, which listens for releases.
+    /// processes there is one more, which listens for releases; and one while [`list`](crate::PostgresStorage::list) reads.
     ///
     /// Where the server lets fewer in, those that there are do the work, and a warning says so. A connection whose call
     /// gets no answer in time no longer counts, and is replaced: up to eight times without any answer in between, and then once in

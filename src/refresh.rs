@@ -88,6 +88,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 failures = 0;
                 next = Next::Refresh(state.term.next_refresh(hold.refresh_interval));
                 drop(state);
+                storage.trouble().over();
                 let (lock_id, owner_id, version) = hold.names();
                 storage.events().tell(|| Event::Refreshed { lock_id, owner_id, version, latency });
                 note!(trace, "refreshed lock {:?}", hold.claim.lock_id);
@@ -110,7 +111,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             (_, Next::Refresh(at)) if *at <= now => {
                 attempt += 1;
                 // Where answers take long, that of this attempt comes before that of another one would.
-                let slow = storage.trouble().last_took().mul_f64(1.5);
+                let slow = storage.trouble().last_took().mul_f64(1.5).min(state.term.remaining(now) * 9 / 10);
                 let by = now + state.term.attempt_time(now).max(slow);
                 next = Next::Answer { since: now, by };
                 drop(state);
@@ -119,7 +120,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
             }
             (_, Next::Answer { since, by }) if *by <= now => {
                 drop(state);
-                storage.refresh_is_silent_for(since.elapsed());
+                storage.refresh_was_silent(since.elapsed());
                 let action = format!("refresh lock {:?}", hold.claim.lock_id);
                 failures += 1;
                 Some((Error::Timeout { action, waiting_for: "an answer", after: since.elapsed() }, Duration::ZERO))
@@ -134,7 +135,7 @@ fn run(storage: &PostgresStorage, hold: &Arc<Hold>) {
                 let wake = state.term.loss_time().min(*by).min(now + LOOK);
                 drop(wait_until(&hold.changed, state, wake));
                 // The worker may be stuck, or the connection that it opens.
-                storage.look_after_workers();
+                storage.add_workers();
                 None
             }
         };

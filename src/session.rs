@@ -101,17 +101,16 @@ impl Session {
         self.generation != self.route_generation()
     }
 
-    /// It has answered what was asked when the generation was this.
-    pub(crate) fn trust(&mut self, generation: usize) {
-        self.generation = generation;
+    /// It has answered: it is not doubted before the generation goes up again.
+    pub(crate) fn trust(&mut self) {
+        self.generation = self.route_generation();
     }
 
     /// Whether it answers within `patience`; if not, it is not to be used any more.
     pub(crate) fn prove(&mut self, patience: Duration) -> bool {
-        let generation = self.route_generation();
         let is_alive = self.is_alive(patience);
         if is_alive {
-            self.trust(generation);
+            self.trust();
         } else {
             self.tell_break();
             self.is_broken = true;
@@ -124,7 +123,7 @@ impl Session {
         self.route.generation.load(Ordering::Relaxed)
     }
 
-    /// Not to be used again; and the connections that were opened before now are doubted.
+    /// Not to be used again; and those connections are doubted that have not answered since this one did.
     pub(crate) fn mark_broken(&mut self, fault: &Fault) {
         self.is_broken = true;
         // One that turned out to be a pooler's is well.
@@ -365,7 +364,7 @@ impl Session {
         Ok(self.client.batch_execute(&sql.create_version_check)?)
     }
 
-    /// What the last parameter of a prepared statement has to be.
+    /// What a prepared statement's parameter for the place has to be.
     fn place(&self, prepared: &Prepared) -> Option<String> {
         self.backend.map(|backend| format!("{backend} {}", prepared.name))
     }
@@ -396,7 +395,7 @@ impl Session {
             None => self.run_unprepared(prepared, &prepared.text, values),
         };
         if sent.elapsed() >= WORTH_PREPARING {
-            // Nor what was quick before.
+            // A slow statement is not prepared, nor is the one before it.
             self.unprepared = None;
         }
         if result.as_ref().err().is_some_and(|error| error.code() == Some(&SqlState::PROGRAM_LIMIT_EXCEEDED)) {
@@ -435,7 +434,7 @@ impl Session {
     }
 
     /// Whether there is something to [`prepare`](Self::prepare).
-    pub(crate) fn is_unprepared(&self) -> bool {
+    pub(crate) fn has_to_prepare(&self) -> bool {
         self.unprepared.is_some()
     }
 

@@ -45,9 +45,9 @@
 //! - A prepared statement does nothing unless it is told the backend that it runs in and its own name and table: a guard
 //!   against poolers, see [`crate::session`].
 
-use postgres::types::Type;
 use std::time::Duration;
 
+use postgres::types::Type;
 use uuid::Uuid;
 
 /// What the names of our channels begin with; the last hexadecimal digit of the waiter's id follows. A few fixed names, because
@@ -102,6 +102,15 @@ pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
 /// This session's backend, whether the start-up options reached it, and what time it is.
 pub(crate) const SESSION: &str =
     "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on', clock_timestamp()";
+
+// The types of the parameters of what is prepared.
+const ACQUIRE: &[Type] =
+    &[Type::TEXT, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::UUID, Type::INT8, Type::TIMESTAMPTZ];
+const REFRESH: &[Type] = &[Type::TEXT, Type::INT8, Type::UUID, Type::INT8, Type::TEXT];
+const RELEASE: &[Type] = &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::BOOL];
+const HAND_OVER: &[Type] =
+    &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::TIMESTAMPTZ];
+const WITHDRAW: &[Type] = &[Type::TEXT, Type::UUID, Type::TEXT];
 
 /// What a transaction needs that reads the whole table.
 pub(crate) const READS_ALL: &str = "SET LOCAL enable_seqscan = on";
@@ -262,7 +271,7 @@ impl Sql {
             // `cur` shows what there is; `free` locks it only if it may be taken; `taken` moves it to the next version; `queued`
             // puts the waiter into the row otherwise: also into that of a version that has just followed, where a lock is
             // handed over all the time, and its row is always about to change. `seen` is what the waiter sleeps by.
-            acquire: Prepared::new("acquire", &table, &[Type::TEXT, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::UUID, Type::INT8, Type::TIMESTAMPTZ], "$5", |here| {
+            acquire: Prepared::new("acquire", &table, ACQUIRE, "$5", |here| {
                 format!(
                     "WITH cur AS MATERIALIZED (
     SELECT version, owner_id, lease_expire_time, released_at, waiters FROM {table}
@@ -337,7 +346,7 @@ RETURNING version, lease_expire_time, clock_timestamp()",
                 lease = lease_from_now("$4"),
             ),
             // $1 lock, $2 version, $3 lease id, $4 lease in microseconds, $5 place.
-            refresh: Prepared::new("refresh", &table, &[Type::TEXT, Type::INT8, Type::UUID, Type::INT8, Type::TEXT], "$5", |here| {
+            refresh: Prepared::new("refresh", &table, REFRESH, "$5", |here| {
                 format!(
                     "WITH refreshed AS (
     UPDATE {table} SET lease_expire_time = {lease}
@@ -352,7 +361,7 @@ SELECT {here}, EXISTS (SELECT FROM refreshed), EXISTS (SELECT FROM refreshed WHE
             // $1 lock, $2 version or NULL for the newest, $3 lease id, $4 place, $5 this process as a waiter or NULL, $6
             // whether it goes on waiting, which puts it behind those who wait; with nobody before it, it has no need to.
             // Returns how many wait.
-            release: Prepared::new("release", &table, &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::BOOL], "$4", |here| {
+            release: Prepared::new("release", &table, RELEASE, "$4", |here| {
                 format!(
                     "WITH released AS (
     UPDATE {table} SET released_at = coalesce(released_at, clock_timestamp()),
@@ -370,7 +379,7 @@ SELECT {here}, (SELECT coalesce(cardinality(waiters), 0) FROM released), {told}"
             // $1 lock, $2 version, $3 lease id, $4 the next owner, $5 its lease id, $6 its lease in microseconds, $7 place, $8 until when
             // it may take effect. `own` skips a row that somebody's transaction has locked: that is for a release, which isn't
             // held up by it. Whoever sleeps by a lease that ends later than the new one has to look.
-            hand_over: Prepared::new("hand over", &table, &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::TIMESTAMPTZ], "$7", |here| {
+            hand_over: Prepared::new("hand over", &table, HAND_OVER, "$7", |here| {
                 format!(
                     "WITH own AS MATERIALIZED (
     SELECT version, lease_expire_time FROM {table}
@@ -392,7 +401,7 @@ FROM (VALUES (1)) AS one LEFT JOIN moved ON true",
                 )
             }),
             // $1 lock, $2 waiter, $3 place. If the lock is free, and promised to it, the next ones have to know.
-            withdraw: Prepared::new("withdraw", &table, &[Type::TEXT, Type::UUID, Type::TEXT], "$3", |here| {
+            withdraw: Prepared::new("withdraw", &table, WITHDRAW, "$3", |here| {
                 format!(
                     "WITH gone AS (
     UPDATE {table} SET waiters = nullif(array_remove(waiters, $2), '{{}}')

@@ -1,8 +1,10 @@
 //! An open storage: the table on its server, and every operation on it, each with a deadline.
 
 use std::fmt;
+use std::io;
 use std::process;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
@@ -28,14 +30,14 @@ use crate::workers::{Answer, Failed, MAX_TRIES, Tries, Urgency, Workers};
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// The same for a list of all locks.
 const LIST_TIME: Duration = Duration::from_secs(60);
-/// Of one on a connection that others need.
+/// The same for a list on a connection that others need.
 const SHORT_LIST_TIME: Duration = Duration::from_secs(1);
 /// How many lists may be stuck.
 const MOST_LISTS: usize = 8;
-/// How often in a row a lock is taken with an answer that takes more than half of its lease.
+/// How often in a row a lock is taken with an answer that takes too much of its lease.
 const MOST_SLOW: u32 = 2;
 const FAST_ANSWER: &str =
-    "an answer within half of the lease: the network, the server or this machine is too slow for such a lease";
+    "an answer within two fifths of the lease: the network, the server or this machine is too slow for such a lease";
 /// How long an unlock, or the drop of a guard, may take at most.
 pub(crate) const RELEASE_TIME: Duration = Duration::from_secs(2);
 
@@ -94,8 +96,14 @@ pub(crate) enum Attempt {
     Busy(Option<Busy>),
 }
 
-/// An attempt; or how long the answer took with which it was taken, if that was too long, and it was given back.
-type InTime = Result<Attempt, Duration>;
+/// An attempt; or it was taken with an answer that took too long, and was given back.
+type InTime = Result<Attempt, Slow>;
+
+struct Slow {
+    took: Duration,
+    /// The database has confirmed that it was given back.
+    is_released: bool,
+}
 
 impl PostgresStorage {
     /// Opens a storage: connects, creates the table if it is missing (unless
@@ -110,7 +118,7 @@ impl PostgresStorage {
         let config = options.checked_config()?;
         let sql = Arc::new(Sql::new(&options.schema, &options.table_name));
         let connections = Connections::new(&config, options.events.clone());
-        let trouble = Arc::new(Trouble::new("PostgreSQL answers again"));
+        let trouble = Arc::new(Trouble::new("refreshes succeed again"));
         let storage = PostgresStorage {
             inner: Arc::new(Inner {
                 process: process::id(),
@@ -143,7 +151,8 @@ impl PostgresStorage {
     /// Blocks for at most the connect timeout, for each address, and 5 s.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`], [`Error::Connect`], [`Error::Timeout`], [`Error::Database`].
+    /// [`Error::InvalidOption`], [`Error::Connect`], [`Error::Timeout`], [`Error::Database`], [`Error::Thread`], and
+    /// [`Error::Forked`] in a process that was forked.
     pub fn get(&self, lock_id: &str) -> Result<Option<LockInformation>> {
         check_id("lock_id", lock_id)?;
         let (describe, lock_id) = (format!("read lock {lock_id:?}"), lock_id.to_owned());
@@ -181,10 +190,14 @@ impl PostgresStorage {
         match opened {
             Ok(Ok(listed)) => listed.map_err(|fault| fault.into_error(action)),
             Ok(Err(error)) if error.is_transient() => {
-                self.read(action(), |session, sql| session.list(sql, SHORT_LIST_TIME)).or(Err(error))
+                let deadline = (began + longest).min(Instant::now() + self.longest_call());
+                self.read_until(deadline, action(), |session, sql| session.list(sql, SHORT_LIST_TIME)).or(Err(error))
             }
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(timeout("an answer")),
+            Err(RecvTimeoutError::Timeout) => Err(timeout("an answer")),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Error::Thread { source: io::Error::other("the client, or the logger, panicked") })
+            }
         }
     }
 
@@ -272,9 +285,17 @@ impl PostgresStorage {
         describe: String,
         call: impl Fn(&mut Session, &Sql) -> Result<T, Fault> + Clone + Send + 'static,
     ) -> Result<T> {
+        self.read_until(Instant::now() + self.longest_call(), describe, call)
+    }
+
+    fn read_until<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        describe: String,
+        call: impl Fn(&mut Session, &Sql) -> Result<T, Fault> + Clone + Send + 'static,
+    ) -> Result<T> {
         self.check_process()?;
         let sql = Arc::clone(&self.inner.sql);
-        let deadline = Instant::now() + self.longest_call();
         let action = move || describe.clone();
         let call = move |session: &mut Session| call(session, &sql);
         Ok(self.inner.workers.call(Urgency::Ordinary, deadline, Tries::Several, action, call, |_, _| ())?.value)
@@ -332,12 +353,12 @@ impl PostgresStorage {
     }
 
     /// A refresh has been silent for so long.
-    pub(crate) fn refresh_is_silent_for(&self, silence: Duration) {
-        self.inner.workers.is_silent_for(silence);
+    pub(crate) fn refresh_was_silent(&self, silence: Duration) {
+        self.inner.workers.refresh_was_silent(silence);
     }
 
     /// Somebody waits who hasn't called.
-    pub(crate) fn look_after_workers(&self) {
+    pub(crate) fn add_workers(&self) {
         self.inner.workers.add_workers();
     }
 
@@ -374,7 +395,10 @@ impl PostgresStorage {
             let claim = new_claim(deadline);
             let mut failed = match self.acquire_once(&claim, &unknown, ticket, misses, deadline) {
                 Err(failed) => failed,
-                Ok(Err(after)) => {
+                Ok(Err(Slow { took, is_released })) => {
+                    if !is_released {
+                        self.follow_up(Unfinished::acquire(claim.clone(), Instant::now()));
+                    }
                     slow += 1;
                     // Once may be chance: a process that was stopped for a while.
                     if slow < MOST_SLOW && Instant::now() < deadline {
@@ -382,7 +406,7 @@ impl PostgresStorage {
                     }
                     let (action, waiting_for) = (format!("acquire lock {:?}", claim.lock_id), FAST_ANSWER);
                     return Err(Failed {
-                        error: Error::Timeout { action, waiting_for, after },
+                        error: Error::Timeout { action, waiting_for, after: took },
                         is_unknown: false,
                         is_connection_fault: false,
                     });
@@ -467,6 +491,7 @@ impl PostgresStorage {
 
     /// Whether a hold is there, as the database says within [`RELEASE_TIME`] to a refresh; none if it says nothing.
     pub(crate) fn look_for(&self, hold: &Hold) -> Option<bool> {
+        self.check_process().ok()?;
         let deadline = Instant::now() + RELEASE_TIME;
         let mut failures = 0;
         loop {
@@ -703,8 +728,11 @@ fn acquire_on(
                     return Ok(Ok(Attempt::Taken { claim: claim.clone(), granted, taken_over_from }));
                 }
                 // With refreshes as slow as that it would be lost.
-                session.release(sql, claim, Some(granted.version), None, false)?;
-                return Ok(Err(took));
+                let is_released = match session.release(sql, claim, Some(granted.version), None, false) {
+                    Err(fault) if fault.is_connection_fault() => return Err(fault),
+                    released => released.is_ok(),
+                };
+                return Ok(Err(Slow { took, is_released }));
             }
             Acquired::Busy(busy) => return Ok(Ok(Attempt::Busy(Some(busy)))),
             Acquired::Missed | Acquired::Absent if missed < misses && Instant::now() < deadline => missed += 1,
@@ -738,7 +766,8 @@ impl ListTurn {
             if now >= deadline {
                 return None;
             }
-            began = wait_until(&lists.ended, began, deadline);
+            let stuck_at = began.iter().max().and_then(|newest| newest.checked_add(longest));
+            began = wait_until(&lists.ended, began, stuck_at.map_or(deadline, |at| at.min(deadline)));
         }
     }
 }

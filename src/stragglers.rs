@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use crate::sync::Instant;
 
-/// Never more than this.
-const MAX: usize = 64;
-const AT_ONCE: usize = 8;
+/// Never more than this without a success in between; and of all that are stuck, no more than this at once.
+pub(crate) const MAX: usize = 64;
+pub(crate) const AT_ONCE: usize = 8;
 const ONE_MORE_AFTER: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]

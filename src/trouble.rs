@@ -1,5 +1,5 @@
-//! What is logged of a database that can't be reached: a line when that begins and one when it is over, however many
-//! holds and threads it concerns.
+//! What is known of how the database answers: when it did last, and how long that takes. And what is logged where it
+//! doesn't: a line when that begins and one when it is over, however many holds and threads it concerns.
 
 use std::time::Duration;
 
@@ -68,9 +68,14 @@ impl Trouble {
 
     /// The database has answered, after so long.
     pub(crate) fn answered(&self, took: Duration) {
+        let mut state = lock(&self.state);
+        (state.last_answer, state.took) = (Some(Instant::now()), took.max(state.took / 2));
+    }
+
+    /// What failed has succeeded.
+    pub(crate) fn over(&self) {
         let (began, failures, is_told) = {
             let mut state = lock(&self.state);
-            (state.last_answer, state.took) = (Some(Instant::now()), took.max(state.took / 2));
             (state.began.take(), std::mem::take(&mut state.failures), std::mem::take(&mut state.is_told))
         };
         if let (Some(began), true) = (began, is_told) {

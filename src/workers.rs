@@ -19,15 +19,16 @@
 //! | state | what comes next |
 //! | --- | --- |
 //! | queued | *running*, urgent ones first; *failed* with the error of an opening that began after it, if no connection works and none is being opened; *forgotten* when its caller gives up |
-//! | running | *answered*; *queued* again if its connection broke; given up by its caller at the deadline, which then knows that it had been started |
+//! | running | *answered*; *queued* again if its connection broke; copied beside itself when it is silent; given up by its caller at the deadline, or when it is outrun, and then it is known that it had been started |
 //!
 //! So:
 //!
-//! - A caller is back at its deadline, whatever the server and the network do, and not before it, unless it has an answer
-//!   or the cause.
+//! - A caller is back at its deadline, whatever the server and the network do, and not before it, unless it has an
+//!   answer or the cause, or its call, made once, was silent while another connection answered.
 //! - A connection that can't be opened costs nothing while others work: tasks wait for those, and it is opened later.
 //! - An answer that comes late costs no connection, and neither does the end of another one: those that may be dead are asked.
-//! - Every task is idempotent, because it may run again on another connection if the first one breaks, or is silent.
+//! - A task that may be made twice ([`Tries::Several`]) is made again on another connection when its own breaks or is
+//!   silent. Acquires and hand-overs are made once; their callers release what may have happened, and try anew.
 //! - Urgent tasks (refresh, release) go first, and with two connections or more one is never given to another task.
 //! - A thread that is stuck costs its stack and its socket until the kernel gives the socket up (`tcp_user_timeout`,
 //!   keep-alives). Where that doesn't happen, because something acknowledges and never answers, [`Stragglers`] bounds
@@ -43,7 +44,7 @@ use crate::answer::Fault;
 use crate::connections::Connections;
 use crate::error::{Error, Result};
 use crate::session::Session;
-use crate::stragglers::Stragglers;
+use crate::stragglers::{self, Stragglers};
 use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::trouble::Trouble;
 use crate::user_code::{self, note};
@@ -58,11 +59,11 @@ const PROBING_TIME: Duration = Duration::from_millis(50);
 const PROBING_LIMITS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
 /// How often a call that takes long looks whether another worker may be started.
 pub(crate) const LOOK: Duration = Duration::from_millis(250);
-/// How often at least another connection is tried to be opened beside those that work, while there is work for it.
+/// The longest pause between attempts to open another connection beside those that work.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// That no further connection can be opened is told after so many failures in a row: those that are there may be dead.
 const TOLD_AFTER: u32 = 3;
-/// How often a call is made in all when its connections break.
+/// How often one copy of a call is made when its connections break, the first time included.
 pub(crate) const MAX_TRIES: u32 = 3;
 /// After so long without an answer a call may be tried on another connection.
 const SILENCE: Duration = Duration::from_secs(2);
@@ -95,6 +96,8 @@ type Step = Box<dyn FnMut(Result<&mut Session>, &Place<'_>) -> Next + Send>;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
     Done,
+    /// Nobody wanted it any more, and the session was not used.
+    NotAsked,
     TryAgain,
 }
 
@@ -102,7 +105,7 @@ struct Task {
     urgency: Urgency,
     submitted: Instant,
     deadline: Instant,
-    /// When it has been running for so long, another worker may be started in the place of its.
+    /// When it has run for so long, another worker may be started in its worker's place.
     answer_time: Duration,
     step: Step,
 }
@@ -129,7 +132,7 @@ struct State {
     workers: HashMap<u64, Doing>,
     next_id: u64,
     stragglers: Stragglers,
-    /// When a task was answered, or a connection opened, last.
+    /// When a task was answered last.
     last_success: Option<Instant>,
     /// Why connections could not be opened, while others were being opened.
     unheard: Vec<Unheard>,
@@ -244,7 +247,9 @@ impl State {
 
     /// How many tasks could be started now.
     fn startable(&self, count: &Count, max_live: usize) -> usize {
-        let ordinary_places = max_live.saturating_sub(1).max(1).saturating_sub(count.in_ordinary_calls);
+        // Where the server lets fewer in, one of those is kept free.
+        let connections = if self.failures > 0 { count.open() } else { max_live };
+        let ordinary_places = connections.saturating_sub(1).max(1).saturating_sub(count.in_ordinary_calls);
         self.urgent.len() + self.ordinary.len().min(ordinary_places)
     }
 
@@ -282,7 +287,10 @@ impl State {
         // Beside those that take long, which a slow network makes them do, more and more rarely.
         let pause = OPENING_TIME * count.slow.saturating_mul(count.slow);
         let is_due = is_due && self.last_opening.is_none_or(|last| now.duration_since(last) >= pause);
-        is_needed && has_room && is_due && self.stragglers.may_add(count.stuck, now)
+        // Of those that are stuck for ever, with successes in between, there may be many: then one more from time to time.
+        let are_many = self.workers.len() >= max_live + stragglers::MAX;
+        let stuck = if are_many { count.stuck.max(stragglers::AT_ONCE) } else { count.stuck };
+        is_needed && has_room && is_due && self.stragglers.may_add(stuck, now)
     }
 
     /// The tasks that get an error now, as no connection works, and none of those succeeded that were being opened.
@@ -376,7 +384,7 @@ impl Workers {
                         slot.expect_another();
                         submit();
                     } else {
-                        self.outrun(&slot, deadline);
+                        self.race(&slot, deadline);
                     }
                 }
             }
@@ -392,7 +400,7 @@ impl Workers {
 
     /// A call is silent. Where the network is slow, it is not alone with that, and its answer is yet to come. Where another
     /// connection answers first, this one is given up.
-    fn outrun<T: Send + 'static>(&self, slot: &Arc<Slot<T>>, deadline: Instant) {
+    fn race<T: Send + 'static>(&self, slot: &Arc<Slot<T>>, deadline: Instant) {
         let (wanted, outrun) = (Arc::clone(slot), Arc::clone(slot));
         self.send(
             Urgency::Urgent,
@@ -409,7 +417,7 @@ impl Workers {
     }
 
     /// A refresh has been silent for so long.
-    pub(crate) fn is_silent_for(&self, silence: Duration) {
+    pub(crate) fn refresh_was_silent(&self, silence: Duration) {
         if silence >= SHORT_SILENCE.max(self.shared.trouble.last_took() * 4) {
             self.doubt();
         }
@@ -433,7 +441,7 @@ impl Workers {
     ) {
         let step = move |session: Result<&mut Session>, _: &Place<'_>| {
             if !is_wanted() {
-                return Next::Done;
+                return Next::NotAsked;
             }
             done(session.and_then(|session| contained(session, &mut call).map_err(|fault| fault.into_error(&action))));
             Next::Done
@@ -508,12 +516,12 @@ fn step<T: Send + 'static>(
     let mut caller = Some((Reply(Arc::clone(slot)), late));
     let (mut tried, mut is_unknown) = (0, false);
     Box::new(move |session, place| {
-        let Some((reply, _)) = &caller else { return Next::Done };
+        let Some((reply, _)) = &caller else { return Next::NotAsked };
         let result = match session {
             Err(error) => Err(Failed { error, is_unknown, is_connection_fault: false }),
             Ok(session) => {
                 if !reply.start() {
-                    return Next::Done;
+                    return Next::NotAsked;
                 }
                 tried += 1;
                 match contained(session, &mut call) {
@@ -626,7 +634,6 @@ impl Worker {
             }
         }
         // Its end may have made room, or left a task behind.
-        self.leave();
         add_workers(&self.shared);
     }
 
@@ -635,7 +642,6 @@ impl Worker {
         let shared = &*self.shared;
         let mut state = lock(&shared.state);
         let mut idle_since = Instant::now();
-        state.last_success = Some(idle_since);
         (state.failures, state.open_again_at) = (0, None);
         loop {
             state.workers.insert(self.id, Doing::Idle);
@@ -652,12 +658,13 @@ impl Worker {
                 }
                 state.workers.insert(self.id, Doing::Idle);
             }
+            let now = Instant::now();
             // Others were opened while this one was stuck, or took long to be opened.
             if state.count(now).open() > shared.max_live {
                 break;
             }
             let Some(task) = state.next_task(now, shared.max_live) else {
-                if session.is_unprepared() {
+                if session.has_to_prepare() {
                     state.workers.insert(self.id, Doing::Probing { since: now });
                     drop(state);
                     // What is wrong with it, if that isn't the connection, the next call finds.
@@ -686,22 +693,28 @@ impl Worker {
             state.workers.insert(self.id, Doing::Call { urgency: task.urgency, since: now, late_at });
             drop(state);
             let is_ready = contained(&mut session, |session| Ok(session.is_ready(now.duration_since(idle_since))));
-            let unfinished = if is_ready.unwrap_or(false) { self.run_task(task, &mut session) } else { Some(task) };
-            let is_usable = session.is_usable();
-            let is_success = unfinished.is_none() && is_usable;
-            if is_success {
-                shared.trouble.answered(now.elapsed());
-                session.trust(session.route_generation());
+            let mut task = task;
+            let next = if is_ready.unwrap_or(false) {
+                (task.step)(Ok(&mut session), &Place(Some((shared, self.id))))
             } else {
-                // Those that are idle look whether they are alive.
-                shared.wake.notify_all();
+                Next::TryAgain
+            };
+            let is_usable = session.is_usable();
+            let is_answered = next == Next::Done && is_usable;
+            if is_answered {
+                shared.trouble.answered(now.elapsed());
+                session.trust();
             }
+            // What it owns goes without the mutex, unless it is put back.
+            let unfinished = (next == Next::TryAgain).then_some(task);
             state = lock(&shared.state);
-            if is_success {
+            if is_answered {
                 state.last_success = Some(Instant::now());
             }
             if let Some(task) = unfinished {
                 state.put_back(task);
+                // Those that are idle look whether they are alive.
+                shared.wake.notify_all();
             }
             if !is_usable {
                 break;
@@ -719,22 +732,12 @@ impl Worker {
         shared.wake.notify_one();
         user_code::call(|| drop(session));
     }
-
-    /// Runs a task, and gives it back if it is to be tried again.
-    fn run_task(&self, mut task: Task, session: &mut Session) -> Option<Task> {
-        let next = (task.step)(Ok(session), &Place(Some((&self.shared, self.id))));
-        (next == Next::TryAgain).then_some(task)
-    }
-
-    fn leave(&self) {
-        lock(&self.shared.state).workers.remove(&self.id);
-    }
 }
 
 impl Drop for Worker {
     /// Also after a panic, and where no thread could be started.
     fn drop(&mut self) {
-        self.leave();
+        lock(&self.shared.state).workers.remove(&self.id);
     }
 }
 

@@ -353,7 +353,7 @@ impl Session {
         false
     }
 
-    pub(crate) fn trust(&mut self, _: usize) {}
+    pub(crate) fn trust(&mut self) {}
 
     pub(crate) fn prove(&mut self, _: Duration) -> bool {
         true
@@ -367,7 +367,7 @@ impl Session {
         self.is_usable()
     }
 
-    pub(crate) fn is_unprepared(&self) -> bool {
+    pub(crate) fn has_to_prepare(&self) -> bool {
         false
     }
 

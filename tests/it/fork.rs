@@ -11,7 +11,7 @@ use crate::support::child::{Process, say};
 use crate::support::{Table, is_refreshed, ms, short_lock, takes_at_most};
 
 #[test]
-fn in_a_fork_a_storage_says_at_once_that_it_is_of_no_use_and_a_new_one_is() {
+fn in_a_fork_the_old_storage_fails_at_once_and_a_new_one_works() {
     let table = Table::new();
     table.storage();
     let mut child = Process::start("fork", &table, &[]);

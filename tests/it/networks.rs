@@ -46,7 +46,7 @@ fn a_network_with_slow_answers_costs_no_hold_and_no_connection() {
     }
 }
 
-/// Twice as late as that a refresh would come too late: then the lock is not taken at all.
+/// If answers were twice as late, a refresh would come too late: then the lock is not taken.
 #[test]
 fn what_is_taken_is_kept_however_late_the_answers_are() {
     for (delay, lease) in [(600, 2_000), (750, 2_000), (950, 2_000), (1_100, 3_000), (1_500, 3_000)] {
@@ -59,7 +59,7 @@ fn what_is_taken_is_kept_however_late_the_answers_are() {
                 thread::sleep(3 * ms(lease));
                 assert!(guard.is_held(), "{delay} ms, lease {lease} ms");
             }
-            Err(error) => assert!(error.to_string().contains("half of the lease"), "{}", chain(&error)),
+            Err(error) => assert!(error.to_string().contains("two fifths of the lease"), "{}", chain(&error)),
         }
     }
 }
@@ -185,7 +185,7 @@ fn a_lease_too_short_for_the_network_is_an_error_that_says_so() {
     proxy.delay_answers(ms(700));
     let lock = short_lock(&storage, "l", ms(1_000), ms(300));
     let error = takes_at_most(ms(15_000), "lock", || lock.lock("worker")).unwrap_err();
-    assert!(error.to_string().contains("half of the lease"), "{}", chain(&error));
+    assert!(error.to_string().contains("two fifths of the lease"), "{}", chain(&error));
     proxy.delay_answers(Duration::ZERO);
     eventually("it is free", || storage.get("l").unwrap().is_none_or(|lock| !lock.is_held));
     drop(lock.lock("worker").unwrap());
@@ -352,7 +352,7 @@ fn a_connection_that_breaks_takes_none_of_the_others_with_it() {
     drop(storage);
 }
 
-/// Three calls are stuck, and their time ends while a fourth one waits beside an idle connection.
+/// One call is stuck; the next one waits beside an idle connection that is kept for urgent ones, until the first is late.
 #[test]
 fn a_place_that_opens_because_a_call_is_late_is_taken_at_once() {
     let (table, proxy, storage) = proxied(2);
@@ -533,7 +533,7 @@ fn a_server_that_goes_away_is_told_once_and_so_is_its_return() {
     let lines: Vec<&str> = stderr.lines().filter(|line| line.contains("storage_lock")).collect();
     let mut counts = HashMap::new();
     for line in &lines {
-        *counts.entry(line.contains("answers again")).or_insert(0) += 1;
+        *counts.entry(line.contains("succeed again")).or_insert(0) += 1;
     }
     assert_eq!(counts.get(&true), Some(&1), "{lines:#?}");
     assert!(counts[&false] <= 1, "{lines:#?}");
