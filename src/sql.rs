@@ -103,15 +103,6 @@ pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
 pub(crate) const SESSION: &str =
     "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on', clock_timestamp()";
 
-// The types of the parameters of what is prepared.
-const ACQUIRE: &[Type] =
-    &[Type::TEXT, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::UUID, Type::INT8, Type::TIMESTAMPTZ];
-const REFRESH: &[Type] = &[Type::TEXT, Type::INT8, Type::UUID, Type::INT8, Type::TEXT];
-const RELEASE: &[Type] = &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::BOOL];
-const HAND_OVER: &[Type] =
-    &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::TIMESTAMPTZ];
-const WITHDRAW: &[Type] = &[Type::TEXT, Type::UUID, Type::TEXT];
-
 /// What a transaction needs that reads the whole table.
 pub(crate) const READS_ALL: &str = "SET LOCAL enable_seqscan = on";
 
@@ -162,6 +153,15 @@ pub(crate) struct Sql {
     pub(crate) version_check: String,
     pub(crate) create_version_check: String,
 }
+
+// The types of the parameters of what is prepared.
+const ACQUIRE: &[Type] =
+    &[Type::TEXT, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::UUID, Type::INT8, Type::TIMESTAMPTZ];
+const REFRESH: &[Type] = &[Type::TEXT, Type::INT8, Type::UUID, Type::INT8, Type::TEXT];
+const RELEASE: &[Type] = &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::BOOL];
+const HAND_OVER: &[Type] =
+    &[Type::TEXT, Type::INT8, Type::UUID, Type::TEXT, Type::UUID, Type::INT8, Type::TEXT, Type::TIMESTAMPTZ];
+const WITHDRAW: &[Type] = &[Type::TEXT, Type::UUID, Type::TEXT];
 
 /// A statement that is run often, and so is prepared once a connection.
 #[derive(Debug)]
