@@ -108,6 +108,10 @@ impl Session {
 
     /// Whether it answers within `patience`; if not, it is not to be used any more.
     pub(crate) fn prove(&mut self, patience: Duration) -> bool {
+        // It may have been closed because it was idle, which says nothing of others.
+        if !self.is_ready(CHECKED_AFTER) {
+            return false;
+        }
         let is_alive = self.is_alive(patience);
         if is_alive {
             self.trust();
