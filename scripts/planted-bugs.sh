@@ -78,7 +78,7 @@ copy_tree() {
 plant() {
   local bug=$1
   shift
-  patch --quiet --strip=1 --directory="$tree" --no-backup-if-mismatch "$@" <"$planted/$bug.patch"
+  patch --quiet --fuzz=0 --strip=1 --directory="$tree" --no-backup-if-mismatch "$@" <"$planted/$bug.patch"
 }
 
 # In the copy, with the folder for what it builds that all bugs share. Nobody looks at it with a debugger.
