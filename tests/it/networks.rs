@@ -572,3 +572,16 @@ fn a_list_reads_the_table_in_its_order_and_keeps_no_call_waiting() {
     eventually("a sequential scan", || scans() >= before + 200_000);
     guard.unlock().unwrap();
 }
+
+#[test]
+fn a_release_that_could_not_be_made_is_made_when_the_server_is_back() {
+    let mut server = Server::start();
+    let table = Table::on(&server.dsn);
+    let guard = table.short_lock("l", ms(90_000), ms(30_000)).lock("worker").unwrap();
+    server.ctl(&["stop", "-m", "immediate"]);
+    let error = takes_at_most(ms(2_500), "unlock", || guard.unlock()).unwrap_err();
+    assert!(!error.is_lease_lost(), "{}", chain(&error));
+    server.ctl(&["start"]);
+    let theirs = table.lock("l");
+    within(ms(10_000), "the lock is free", || theirs.try_lock("other").unwrap().map(drop));
+}
