@@ -1,12 +1,13 @@
 //! Opening connections, to each address of each host in turn, as libpq does.
 //!
-//! Each address has the whole `connect_timeout`, log-in included, which the client's own doesn't cover; so has the look-up
-//! of a name. The client can't be interrupted, and looking a name up can't, so each of these is done on a thread of its own,
-//! which is left behind when its time is over. Addresses and names that were silent a short while ago are tried last.
+//! Each address has the whole `connect_timeout`, log-in included, which the client's own doesn't cover; so has the
+//! look-up of a name. The client can't be interrupted, and looking a name up can't, so each of these is done on a
+//! thread of its own, which is left behind when its time is over. Addresses and names that were silent a short while
+//! ago are tried last.
 //!
-//! `r2d2_postgres` opens the connections. They are kept by the workers, one each, and not by a pool of `r2d2`'s: that would
-//! cost three threads a storage, keep the text of the last error only, repeat for ever what failed, whoever wants it, and
-//! count a connection that is stuck as one in use for as long as it is.
+//! `r2d2_postgres` opens the connections. They are kept by the workers, one each, and not by a pool of `r2d2`'s: that
+//! would cost three threads a storage, keep the text of the last error only, repeat for ever what failed, whoever
+//! wants it, and count a connection that is stuck as one in use for as long as it is.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -119,8 +120,9 @@ impl Connections {
         }))
     }
 
-    /// How long it may take to open a connection, when each address has its time, look-ups apart. Before the first look-up that is a guess, and
-    /// a long one: an attempt ends when all addresses have been tried, however many they are.
+    /// How long it may take to open a connection, when each address has its time, look-ups apart. Before the first
+    /// look-up that is a guess, and a long one: an attempt ends when all addresses have been tried, however many they
+    /// are.
     pub(crate) fn opening_time(&self) -> Duration {
         let addresses = match self.0.addresses.load(Ordering::Relaxed) {
             0 => self.0.hosts.len() * MANY_ADDRESSES,
@@ -248,8 +250,8 @@ impl Connections {
         config
     }
 
-    /// Does on a thread of its own what can't be interrupted. It is left behind after the connect timeout; and after another one, if
-    /// it has said by then that it is logged in.
+    /// Does on a thread of its own what can't be interrupted. It is left behind after the connect timeout; and after
+    /// another one, if it has said by then that it is logged in.
     fn limited<T: Send + 'static>(
         &self,
         address: &Address,
@@ -430,8 +432,8 @@ fn without_hosts(config: &Config) -> Config {
     copy
 }
 
-/// Whether a connection's descriptors can be had: the client, which is about to take them, panics where they can't. Another
-/// thread of the program may come between.
+/// Whether a connection's descriptors can be had: the client, which is about to take them, panics where they can't.
+/// Another thread of the program may come between.
 fn look_for_descriptors() -> io::Result<()> {
     /// When connections began to take theirs.
     static TAKING: Mutex<Vec<Instant>> = Mutex::new(Vec::new());

@@ -32,8 +32,8 @@ pub enum Error {
     /// No connection could be opened: refused, unreachable, wrong password, unknown database, too many connections.
     #[error("cannot open a connection to PostgreSQL at {address}")]
     Connect {
-        /// Where it was tried: host, address and port. Where there are several, this is one of them; up to four others follow,
-        /// each with its cause.
+        /// Where it was tried: host, address and port. Where there are several, this is one of them; up to four
+        /// others follow, each with its cause.
         address: String,
         /// What was wrong there: a [`postgres::Error`], or the [`std::io::Error`] of what didn't come so far.
         source: Cause,
@@ -89,7 +89,8 @@ pub enum Error {
         problem: &'static str,
     },
 
-    /// This process was forked from the one that opened the storage, and shares its connections, but has none of its threads.
+    /// This process was forked from the one that opened the storage, and shares its connections, but has none of its
+    /// threads.
     #[error("this process was forked from the one that opened the storage: open a storage of its own in it")]
     Forked,
 

@@ -148,9 +148,9 @@
 //!
 //! # Slow, half dead, limited
 //!
-//! For how long a hold, a wait and a call outlive trouble with the network, the server or the host. A wait is `lock` or `try_lock_for` once it
-//! has had an answer; a call is anything else, and the first attempt of a wait. *Its time* is the limit that its caller gave it, or what its
-//! documentation says.
+//! For how long a hold, a wait and a call outlive trouble with the network, the server or the host. A wait is `lock`
+//! or `try_lock_for` once it has had an answer; a call is anything else, and the first attempt of a wait. *Its time*
+//! is the limit that its caller gave it, or what its documentation says.
 //!
 //! | trouble | a hold | a wait | a call | shown by |
 //! | --- | --- | --- | --- | --- |
@@ -166,14 +166,16 @@
 //! | a connection is closed because it was idle | is kept | goes on | opens another one, and nobody is told | test `a_connection_that_is_closed_while_it_is_idle_troubles_nobody` |
 //! | the process forks | is the parent's | is the parent's | fails at once in the child, but for a `LostSignal`: open a storage of its own there | test `in_a_fork_the_old_storage_fails_at_once_and_a_new_one_works` |
 //!
-//! What is stuck costs a thread and a socket. The kernel ends that when nothing was acknowledged for 15 s (`tcp_user_timeout`), or no keep-alive was
-//! answered for 30 s; the library puts another connection in its place, at once up to eight times without an answer in between, and then once in
-//! half a minute, up to 64 times. It sends no cancel requests: one that comes late would hit the next statement. The server itself ends
-//! a statement after 5 s (a list after 60 s; never a commit that waits for a standby), and a wait for a table after 1.5 s, but not behind a
-//! pooler, which our settings don't pass.
+//! What is stuck costs a thread and a socket. The kernel ends that when nothing was acknowledged for 15 s
+//! (`tcp_user_timeout`), or no keep-alive was answered for 30 s; the library puts another connection in its place, at
+//! once up to eight times without an answer in between, and then once in half a minute, up to 64 times; and with
+//! answers in between, beyond 64 in all, once in half a minute without an end. It sends no cancel requests: one that
+//! comes late would hit the next statement. The server itself ends a statement after 5 s (a list after 60 s; never a
+//! commit that waits for a standby), and a wait for a table after 1.5 s, but not behind a pooler, which our settings
+//! don't pass.
 //!
-//! Refreshes that fail are told once: a warning when that begins, and a line when they succeed again, with how many had failed (test
-//! `a_server_that_goes_away_is_told_once_and_so_is_its_return`).
+//! Refreshes that fail are told once: a warning when that begins, and a line when they succeed again, with how many
+//! had failed (test `a_server_that_goes_away_is_told_once_and_so_is_its_return`).
 //!
 //! # A primary and a standby
 //!

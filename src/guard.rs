@@ -48,9 +48,9 @@ impl LockGuard {
         self.hold.version
     }
 
-    /// Whether this process may still trust the hold: true only before its deadline, false for ever after. Reads the clock of
-    /// this machine, and asks whether this is the process that took the lock; no I/O. Also false while a transaction that [`unlock_in`](Self::unlock_in) was given is open: it
-    /// may release the lock at any time.
+    /// Whether this process may still trust the hold: true only before its deadline, false for ever after. Reads the
+    /// clock of this machine, and asks whether this is the process that took the lock; no I/O. Also false while a
+    /// transaction that [`unlock_in`](Self::unlock_in) was given is open: it may release the lock at any time.
     ///
     /// The deadline lies before the end of the lease. On Linux its clock stands still while the machine is suspended, so
     /// a hold from before a suspend may be trusted for too long.

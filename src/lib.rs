@@ -57,10 +57,11 @@
 //! Threads of one process that wait for one lock stand in a line, first come, first served. Only the first of them asks the
 //! database, and only while the lock isn't held by its own process, where a release hands it to the next thread in one statement.
 //!
-//! A process that finds a lock busy puts itself into the lock's row, behind others that wait, and listens (`LISTEN`) for the release, on
-//! one connection a storage, beside the others, which is opened when somebody waits and closed when nobody has for 10 s.
-//! A release notifies the first two processes in the row and the last one, however many wait. If nobody waits, it sends
-//! nothing. While other processes wait, a process passes the lock among its own threads for 10 ms at most.
+//! A process that finds a lock busy puts itself into the lock's row, behind others that wait, and listens (`LISTEN`)
+//! for the release, on one connection a storage, beside the others, which is opened when somebody waits and closed
+//! when nobody has for 10 s. A release notifies the first two processes in the row and the last one, however many
+//! wait. If nobody waits, it sends nothing. While other processes wait, a process passes the lock among its own
+//! threads for 10 ms at most.
 //!
 //! A free lock is promised to the first process in the row for 100 ms, whether it was released or its lease ran out. After that, a
 //! process behind others notifies those before it, gives them 10 ms each (1 s at most) and a twentieth of a second more, and takes the lock

@@ -65,14 +65,14 @@ impl StorageLock {
     /// A wait survives a database that is out of reach for less than the lease; after that it ends with the last error.
     ///
     /// While somebody has locked the table (`VACUUM FULL`, `ALTER TABLE`), the lock counts as busy, and the wait goes
-    /// on. The server finds that out after 1.5 s. Behind a pooler it doesn't, because our timeouts don't reach it: there,
-    /// such an attempt ends with [`Error::Timeout`](crate::Error::Timeout).
+    /// on. The server finds that out after 1.5 s. Behind a pooler it doesn't, because our timeouts don't reach it:
+    /// there, such an attempt ends with [`Error::Timeout`](crate::Error::Timeout).
     ///
     /// # Errors
-    /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt comes back
-    /// at once: [`Error::Connect`](crate::Error::Connect), [`Error::Database`](crate::Error::Database), and
-    /// [`Error::Timeout`](crate::Error::Timeout) after at most the connect timeout, for each address, and 5 s; so does, later, an error that
-    /// trying again can't help.
+    /// [`Error::InvalidOption`](crate::Error::InvalidOption) for the owner id. An error of the very first attempt
+    /// comes back at once: [`Error::Connect`](crate::Error::Connect), [`Error::Database`](crate::Error::Database),
+    /// and [`Error::Timeout`](crate::Error::Timeout) after at most the connect timeout, for each address, and 5 s; so
+    /// does, later, an error that trying again can't help.
     pub fn lock(&self, owner_id: &str) -> Result<LockGuard> {
         loop {
             // Patience that lasts for ever ends with a guard or an error.
@@ -82,7 +82,8 @@ impl StorageLock {
         }
     }
 
-    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 1.5 s (not behind a pooler).
+    /// Takes the lock if it is free; `None` if it is busy, or if the table stays locked for 1.5 s (not behind a
+    /// pooler).
     ///
     /// It ignores the order of those who wait: it takes a free lock even if the lock is promised to a process that
     /// waits. Blocks for at most the connect timeout, for each address, and 5 s.

@@ -94,13 +94,14 @@ impl PostgresStorageOptions {
         self
     }
 
-    /// How many connections there may be, each opened when it is first needed, and closed when its thread had nothing to do for a minute.
-    /// Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases. While threads wait for other
-    /// processes there is one more, which listens for releases; and one while [`list`](crate::PostgresStorage::list) reads.
+    /// How many connections there may be, each opened when it is first needed, and closed when its thread had nothing
+    /// to do for a minute. Default 4, from 1 to 1,000. With two or more, one is kept free for refreshes and releases.
+    /// While threads wait for other processes there is one more, which listens for releases; and one while
+    /// [`list`](crate::PostgresStorage::list) reads.
     ///
-    /// Where the server lets fewer in, those that there are do the work, and a warning says so. A connection whose call
-    /// gets no answer in time no longer counts, and is replaced: up to eight times without any answer in between, and then once in
-    /// half a minute, up to 64 times. If it answers after all, it is used again.
+    /// Where the server lets fewer in, those that there are do the work, and a warning says so. A connection whose
+    /// call gets no answer in time no longer counts, and is replaced: up to eight times without any answer in
+    /// between, and then once in half a minute, up to 64 times; beyond 64 in all, once in half a minute. If it answers after all, it is used again.
     #[must_use]
     pub fn max_connections(mut self, max_connections: u32) -> Self {
         self.max_connections = max_connections;

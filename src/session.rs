@@ -1,11 +1,13 @@
 //! One open connection, and what can be asked on it.
 //!
-//! A *direct* session prepares each of its statements after it has run it first, and runs each in one round trip. Behind a pooler that hands a server
-//! session to another client after each transaction that is neither possible nor safe: a prepared name may
-//! mean another client's statement there (the client names them `s0`, `s1`, … in every process), and settings would leak into other clients' sessions. So a session sets
-//! nothing with `SET`; it asks for its settings in the start-up packet, which such poolers refuse (pgbouncer: 08P01) or drop
-//! (the marker isn't there when read back), and each prepared statement does nothing unless it is the
-//! statement that was meant, in the backend that was meant. At the first sign of a pooler the storage turns to unnamed statements, also one round trip each.
+//! A *direct* session prepares each of its statements after it has run it first, and runs each in one round trip.
+//! Behind a pooler that hands a server session to another client after each transaction that is neither possible nor
+//! safe: a prepared name may mean another client's statement there (the client names them `s0`, `s1`, … in every
+//! process), and settings would leak into other clients' sessions. So a session sets nothing with `SET`; it asks for
+//! its settings in the start-up packet, which such poolers refuse (pgbouncer: 08P01) or drop (the marker isn't there
+//! when read back), and each prepared statement does nothing unless it is the statement that was meant, in the
+//! backend that was meant. At the first sign of a pooler the storage turns to unnamed statements, also one round trip
+//! each.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,7 +31,8 @@ use crate::user_code::note;
 pub(crate) struct Route {
     /// A pooler shares server sessions between clients: nothing may depend on the session.
     pub(crate) is_pooled: AtomicBool,
-    /// Goes up when a connection breaks, or is silent: those that were open then may be dead too, and have to answer first.
+    /// Goes up when a connection breaks, or is silent: those that were open then may be dead too, and have to answer
+    /// first.
     pub(crate) generation: AtomicUsize,
     /// A connection broke, and none has been opened since.
     is_interrupted: AtomicBool,
@@ -458,7 +461,8 @@ const WORTH_PREPARING: Duration = Duration::from_millis(20);
 /// What the server says when it ends sessions for reasons of its own.
 const SHUT_DOWN: [SqlState; 3] = [SqlState::ADMIN_SHUTDOWN, SqlState::CRASH_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW];
 
-/// A connection that has been idle for so long is looked at before it is used: the server, or something on the way, may have closed it.
+/// A connection that has been idle for so long is looked at before it is used: the server, or something on the way,
+/// may have closed it.
 const CHECKED_AFTER: Duration = Duration::from_millis(100);
 
 /// What `CREATE TABLE` says when another session creates the same table, and so the row type of that name, at the same time.

@@ -169,7 +169,8 @@ pub(crate) struct Prepared {
     pub(crate) text: String,
     /// The same without notifications, where the server takes no more of them.
     pub(crate) silent: String,
-    /// What the statement is, and for which table. Its parameter for the place has to say this, after the number of the backend.
+    /// What the statement is, and for which table. Its parameter for the place has to say this, after the number of
+    /// the backend.
     pub(crate) name: String,
     /// Of its parameters.
     pub(crate) types: &'static [Type],

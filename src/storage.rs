@@ -159,8 +159,8 @@ impl PostgresStorage {
         self.read(describe, move |session, sql| session.get(sql, &lock_id))
     }
 
-    /// The locks that are held now, by lock id. Reads the whole table, on a connection of its own, one list at a time. Where
-    /// no further connection can be opened, it reads on one of the others, for a second at most.
+    /// The locks that are held now, by lock id. Reads the whole table, on a connection of its own, one list at a
+    /// time. Where no further connection can be opened, it reads on one of the others, for a second at most.
     ///
     /// Blocks for at most the connect timeout, for each address, and 60 s.
     ///
@@ -554,8 +554,8 @@ impl PostgresStorage {
         result.map(drop)
     }
 
-    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row. Where it is silent for half of the
-    /// time, and another connection answers, the rest is for a release.
+    /// Hands a hold over, unless it is lost or somebody's transaction has locked its row. Where it is silent for half
+    /// of the time, and another connection answers, the rest is for a release.
     fn hand_over(&self, hold: &Arc<Hold>, next: &Arc<Waiter>, deadline: Instant) -> Result<bool> {
         let now = Instant::now();
         let once = Tries::Once { silence: deadline.saturating_duration_since(now) / 2 };
@@ -590,7 +590,8 @@ impl PostgresStorage {
         Ok(true)
     }
 
-    /// Releases a hold, and says how many processes wait. `first` is why the hand-over failed that was tried since `began`.
+    /// Releases a hold, and says how many processes wait. `first` is why the hand-over failed that was tried since
+    /// `began`.
     fn give_back(
         &self,
         hold: &Hold,

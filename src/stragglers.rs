@@ -1,14 +1,15 @@
 //! How many threads may be left behind in calls that never end.
 //!
-//! A thread in the client can't be interrupted. A few stuck ones are replaced at once. When more and more get stuck, and nothing
-//! is answered in between, the server is likely to be frozen, and further ones would only add to the pile; but it may also be a
-//! box in between that swallowed just these connections and serves new ones, so one more is let go from time to time.
+//! A thread in the client can't be interrupted. A few stuck ones are replaced at once. When more and more get stuck,
+//! and nothing is answered in between, the server is likely to be frozen, and further ones would only add to the
+//! pile; but it may also be a box in between that swallowed just these connections and serves new ones, so one more
+//! is let go from time to time.
 
 use std::time::Duration;
 
 use crate::sync::Instant;
 
-/// Never more than this without a success in between; and of all that are stuck, no more than this at once.
+/// Never more than this without a success in between. Where there are successes, more than this come one by one, too.
 pub(crate) const MAX: usize = 64;
 pub(crate) const AT_ONCE: usize = 8;
 const ONE_MORE_AFTER: Duration = Duration::from_secs(30);

@@ -26,7 +26,8 @@
 //! - A caller is back at its deadline, whatever the server and the network do, and not before it, unless it has an
 //!   answer or the cause, or its call, made once, was silent while another connection answered.
 //! - A connection that can't be opened costs nothing while others work: tasks wait for those, and it is opened later.
-//! - An answer that comes late costs no connection, and neither does the end of another one: those that may be dead are asked.
+//! - An answer that comes late costs no connection, and neither does the end of another one: those that may be dead
+//!   are asked.
 //! - A task that may be made twice ([`Tries::Several`]) is made again on another connection when its own breaks or is
 //!   silent. Acquires and hand-overs are made once; their callers release what may have happened, and try anew.
 //! - Urgent tasks (refresh, release) go first, and with two connections or more one is never given to another task.
@@ -83,7 +84,8 @@ pub(crate) enum Urgency {
 /// How often a call may be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tries {
-    /// What it does twice is not what it does once. Given up when it has been silent for so long, and another connection answers.
+    /// What it does twice is not what it does once. Given up when it has been silent for so long, and another
+    /// connection answers.
     Once { silence: Duration },
     /// Again where the connection broke, and beside the first one where that is silent: whichever is answered first.
     Several,
@@ -153,8 +155,8 @@ enum Doing {
     Call { urgency: Urgency, since: Instant, late_at: Instant },
 }
 
-/// A connection could not be opened, in an attempt that `began` then. That is for a task that waited for it, unless one of those succeeds
-/// that were being opened when it `failed`.
+/// A connection could not be opened, in an attempt that `began` then. That is for a task that waited for it, unless
+/// one of those succeeds that were being opened when it `failed`.
 struct Unheard {
     error: Error,
     began: Instant,
@@ -287,7 +289,8 @@ impl State {
         // Beside those that take long, which a slow network makes them do, more and more rarely.
         let pause = OPENING_TIME * count.slow.saturating_mul(count.slow);
         let is_due = is_due && self.last_opening.is_none_or(|last| now.duration_since(last) >= pause);
-        // Of those that are stuck for ever, with successes in between, there may be many: then one more from time to time.
+        // Of those that are stuck for ever, with successes in between, there may be many: then one more from time to
+        // time.
         let are_many = self.workers.len() >= max_live + stragglers::MAX;
         let stuck = if are_many { count.stuck.max(stragglers::AT_ONCE) } else { count.stuck };
         is_needed && has_room && is_due && self.stragglers.may_add(stuck, now)
@@ -398,8 +401,8 @@ impl Workers {
         SILENCE.max(self.shared.trouble.last_took() * 4)
     }
 
-    /// A call is silent. Where the network is slow, it is not alone with that, and its answer is yet to come. Where another
-    /// connection answers first, this one is given up.
+    /// A call is silent. Where the network is slow, it is not alone with that, and its answer is yet to come. Where
+    /// another connection answers first, this one is given up.
     fn race<T: Send + 'static>(&self, slot: &Arc<Slot<T>>, deadline: Instant) {
         let (wanted, outrun) = (Arc::clone(slot), Arc::clone(slot));
         self.send(
@@ -487,8 +490,8 @@ impl Workers {
         }
     }
 
-    /// Wakes a worker or starts more of them for what is queued, up to the limit. Called when a task comes, and when one turns out
-    /// to be late.
+    /// Wakes a worker or starts more of them for what is queued, up to the limit. Called when a task comes, and when
+    /// one turns out to be late.
     pub(crate) fn add_workers(&self) {
         self.shared.wake.notify_one();
         add_workers(&self.shared);

@@ -70,8 +70,8 @@ fn an_acquire_that_is_given_up_without_an_answer_is_followed_up() {
 fn a_release_that_the_server_never_got_is_repeated_on_another_connection() {
     let (table, proxy, storage) = proxied();
     let guard = short_lock(&storage, "l", ms(90_000), ms(30_000)).lock("worker").unwrap();
-    // Its statements are prepared meanwhile.
-    thread::sleep(ms(300));
+    // Its statements have been prepared.
+    proxy.becomes_quiet();
     proxy.swallow_open_connections();
     takes_at_most(ms(2_500), "unlock", || guard.unlock()).unwrap();
     assert!(table.lock("l").try_lock("other").unwrap().is_some());
@@ -193,8 +193,8 @@ fn tasks_that_expired_in_the_queue_cost_no_connection() {
     let storage = PostgresStorage::new(options).unwrap();
     let lock = StorageLock::new(&storage, "l").unwrap();
     drop(lock.lock("warm-up").unwrap());
-    // Its statements are prepared meanwhile.
-    thread::sleep(ms(300));
+    // Its statements have been prepared.
+    proxy.becomes_quiet();
     let before = proxy.connections();
     proxy.delay_answers(ms(1_000));
     thread::scope(|scope| {

@@ -221,7 +221,7 @@ fn acquire_refresh_release_and_a_busy_attempt_are_one_round_trip_each() {
     // Opens the connection, makes the first hold of the lock; then its statements are prepared.
     for _ in 0..2 {
         drop(lock.lock("warm-up").unwrap());
-        thread::sleep(ms(200));
+        proxy.becomes_quiet();
     }
     let (connections, mut before) = (proxy.connections(), proxy.requests());
     let mut trips = |what: &str| {

@@ -66,8 +66,8 @@ fn threads_that_wait_for_their_own_process_cost_no_statement_and_no_connection()
     let table = Table::new();
     let (proxy, _storage, lock) = counted(&table);
     let guard = lock.lock("holder").unwrap();
-    // Its statements are prepared meanwhile.
-    thread::sleep(ms(300));
+    // Its statements have been prepared.
+    proxy.becomes_quiet();
     let before = (proxy.requests(), proxy.connections());
     thread::scope(|scope| {
         for _ in 0..50 {

@@ -1,4 +1,5 @@
-//! Networks that are slow or half dead, and servers and hosts with limits: they cost time, and no hold whose refreshes get through.
+//! Networks that are slow or half dead, and servers and hosts with limits: they cost time, and no hold whose
+//! refreshes get through.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -352,7 +353,8 @@ fn a_connection_that_breaks_takes_none_of_the_others_with_it() {
     drop(storage);
 }
 
-/// One call is stuck; the next one waits beside an idle connection that is kept for urgent ones, until the first is late.
+/// One call is stuck; the next one waits beside an idle connection that is kept for urgent ones, until the first is
+/// late.
 #[test]
 fn a_place_that_opens_because_a_call_is_late_is_taken_at_once() {
     let (table, proxy, storage) = proxied(2);

@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postgres::Config;
 use postgres::config::Host;
@@ -219,6 +219,17 @@ impl Proxy {
     /// How many round trips were begun.
     pub fn requests(&self) -> usize {
         self.control.requests.load(Ordering::SeqCst)
+    }
+
+    /// Waits until nobody has asked anything for a moment: what is done while nobody waits has been done.
+    pub fn becomes_quiet(&self) {
+        let (mut requests, mut since) = (self.requests(), Instant::now());
+        while since.elapsed() < Duration::from_millis(200) {
+            thread::sleep(Duration::from_millis(5));
+            if self.requests() != requests {
+                (requests, since) = (self.requests(), Instant::now());
+            }
+        }
     }
 
     /// How many connections were opened.
