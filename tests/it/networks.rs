@@ -505,7 +505,9 @@ fn a_connection_that_is_closed_while_it_is_idle_troubles_nobody() {
     let guard = short_lock(&storage, "l", ms(6_000), ms(1_500)).lock("worker").unwrap();
     (0..4).for_each(|_| is_refreshed(&guard));
     guard.unlock().unwrap();
-    // The one that listens is closed, too.
+    assert_eq!((failures.load(Ordering::SeqCst), reconnects.load(Ordering::SeqCst)), (0, 0));
+    // The one that listens is closed, too: about twice a second. Each time the waiter asks for the lock itself, on a
+    // connection that is then about to be closed, so that one call or other may meet its end.
     let theirs = table.lock("other").lock("holder").unwrap();
     thread::scope(|scope| {
         let lock = StorageLock::new(&storage, "other").unwrap();
@@ -514,7 +516,8 @@ fn a_connection_that_is_closed_while_it_is_idle_troubles_nobody() {
         theirs.unlock().unwrap();
         drop(takes_at_most(ms(6_000), "its turn", || waiter.join().unwrap()).expect("its turn"));
     });
-    assert_eq!((failures.load(Ordering::SeqCst), reconnects.load(Ordering::SeqCst)), (0, 0));
+    assert_eq!(failures.load(Ordering::SeqCst), 0);
+    assert!(reconnects.load(Ordering::SeqCst) <= 2, "{reconnects:?}");
 }
 
 #[test]
