@@ -168,23 +168,27 @@ fn after_a_restore_from_a_backup_the_holders_of_lost_holds_are_refused_and_hear_
 
 #[test]
 fn refreshes_go_on_under_a_fence_that_is_open_for_longer_than_the_lease() {
-    for level in LEVELS {
-        let table = Table::new();
-        let guard = table.short_lock("l", ms(5_000), ms(100)).lock("worker-1").unwrap();
-        let mut client = table.client();
-        let mut transaction = begin(&mut client, level);
-        see(&mut transaction);
-        // Fenced before and after refreshes, and again.
-        is_refreshed(&guard);
-        let end = Instant::now() + ms(5_200);
-        while Instant::now() < end {
-            guard.fence(&mut transaction).unwrap();
-            is_refreshed(&guard);
+    thread::scope(|scope| {
+        for level in LEVELS {
+            scope.spawn(move || {
+                let table = Table::new();
+                let guard = table.short_lock("l", ms(10_000), ms(100)).lock("worker-1").unwrap();
+                let mut client = table.client();
+                let mut transaction = begin(&mut client, level);
+                see(&mut transaction);
+                // Fenced before and after refreshes, and again.
+                is_refreshed(&guard);
+                let end = Instant::now() + ms(10_200);
+                while Instant::now() < end {
+                    guard.fence(&mut transaction).unwrap();
+                    is_refreshed(&guard);
+                }
+                assert!(guard.is_held(), "{level:?}");
+                transaction.commit().unwrap();
+                guard.unlock().unwrap();
+            });
         }
-        assert!(guard.is_held(), "{level:?}");
-        transaction.commit().unwrap();
-        guard.unlock().unwrap();
-    }
+    });
 }
 
 #[test]

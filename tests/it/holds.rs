@@ -1,10 +1,11 @@
 //! Taking, keeping and releasing a lock when nothing goes wrong.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use storage_lock::{LockGuard, PostgresStorage, StorageLock};
+use storage_lock::{Event, LockGuard, PostgresStorage, StorageLock};
 
 use crate::support::child::Process;
 use crate::support::proxy::Proxy;
@@ -215,8 +216,15 @@ fn remaining_is_less_than_the_lease_and_never_reaches_it() {
 #[test]
 fn acquire_refresh_release_and_a_busy_attempt_are_one_round_trip_each() {
     let table = Table::new();
-    let proxy = Proxy::to(&dsn());
-    let storage = Table::of(&proxy.dsn, &table.name).storage();
+    let proxy = Arc::new(Proxy::to(&dsn()));
+    let at_refreshes = Arc::new(Mutex::new(Vec::new()));
+    let (counted, asked) = (Arc::clone(&at_refreshes), Arc::clone(&proxy));
+    let options = Table::of(&proxy.dsn, &table.name).options().on_event(move |event| {
+        if matches!(event, Event::Refreshed { .. }) {
+            counted.lock().unwrap().push(asked.requests());
+        }
+    });
+    let storage = PostgresStorage::new(options).unwrap();
     let lock = StorageLock::new(&storage, "l").unwrap();
     // Opens the connection, makes the first hold of the lock; then its statements are prepared.
     for _ in 0..2 {
@@ -237,28 +245,12 @@ fn acquire_refresh_release_and_a_busy_attempt_are_one_round_trip_each() {
     drop(guard);
     assert_eq!(trips("release"), 1);
     assert_eq!(proxy.connections(), connections, "one connection for all");
-    // Refreshes: as many requests as times that the lease was renewed.
-    let lock = crate::support::short_lock(&storage, "l", ms(1_000), ms(100));
-    drop(lock.lock("worker-1").unwrap());
-    let guard = lock.lock("worker-1").unwrap();
-    let mut leases = vec![storage.get("l").unwrap().unwrap().lease_expire_time];
-    trips("preparing the refresh");
-    let mut reads = 0;
-    let mut client = table.client();
-    eventually("five refreshes", || {
-        let sql = format!("SELECT lease_expire_time FROM {}", table.name);
-        let lease: SystemTime = client.query_one(&sql, &[]).unwrap().get(0);
-        if lease != leases[leases.len() - 1] {
-            leases.push(lease);
-            // After the first one the statement is prepared.
-            if leases.len() == 3 {
-                reads = proxy.requests();
-            }
-        }
-        leases.len() == 7
-    });
-    assert_eq!(proxy.requests() - reads, 4, "the refreshes after the second one");
-    drop(guard);
+    // How many requests there were at each refresh's answer, before the next one is sent. The second one, at the
+    // latest, finds its statement prepared.
+    let _guard = crate::support::short_lock(&storage, "l", ms(30_000), ms(100)).lock("worker-1").unwrap();
+    eventually("eight refreshes", || at_refreshes.lock().unwrap().len() >= 8);
+    let requests = at_refreshes.lock().unwrap().clone();
+    assert!(requests[2..].windows(2).all(|pair| pair[1] == pair[0] + 1), "{requests:?}");
 }
 
 #[test]
