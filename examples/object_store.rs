@@ -1,9 +1,10 @@
 //! Data elsewhere, guarded by the version: `scripts/with-postgres.sh cargo run --example object_store`
 //!
-//! A process can be paused after it took the lock, and wake up when another one has it: no lock keeps its late write away.
-//! Here the object does. It carries the version under which it was written, and a writer with a smaller one gives up. The bucket
-//! is in memory, and does what S3 and its like do: metadata, an ETag, writes on condition of it. An ETag of S3 may be a hash of the
-//! body alone: there, write the version into the body too, so that no two versions have the same one.
+//! A process can be paused after it took the lock, and wake up when another one has it: no lock keeps its late write
+//! away. Here the object does. It carries the version under which it was written, and a writer with a smaller one
+//! gives up. The bucket is in memory, and does what S3 and its like do: metadata, an ETag, writes on condition of it.
+//! An ETag of S3 may be a hash of the body alone: there, write the version into the body too, so that no two versions
+//! have the same one.
 
 use std::error::Error;
 use std::fmt;
@@ -22,8 +23,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let lock = StorageLock::connect("report-object", &support::dsn()?)?;
     let bucket = Bucket::default();
 
-    // This is all that is left to a process that was paused for longer than its lease: the version that it had. Nothing is paused
-    // here, and the lock is given back, so that nobody has to wait for the end of the lease.
+    // This is all that is left to a process that was paused for longer than its lease: the version that it had.
+    // Nothing is paused here, and the lock is given back, so that nobody has to wait for the end of the lease.
     let guard = lock.lock("worker-1")?;
     let late = guard.version();
     guard.unlock()?;
@@ -43,8 +44,8 @@ enum Outcome {
     TooOld { version: i64, seen: i64 },
 }
 
-/// Writes, unless the object has a greater version. It may change between the look and the write: then it has another ETag, and
-/// is looked at again.
+/// Writes, unless the object has a greater version. It may change between the look and the write: then it has another
+/// ETag, and is looked at again.
 fn write(bucket: &Bucket, body: &str, version: i64) -> Outcome {
     loop {
         let found = bucket.get();
@@ -87,7 +88,8 @@ impl Bucket {
         self.object.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// `PUT` with `If-Match: etag`, or with `If-None-Match: *` if there was no object. False is 412 Precondition Failed.
+    /// `PUT` with `If-Match: etag`, or with `If-None-Match: *` if there was no object. False is 412 Precondition
+    /// Failed.
     fn put_if_match(&self, etag: Option<u64>, body: &str, version: i64) -> bool {
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         if object.as_ref().map(|object| object.etag) != etag {

@@ -1,7 +1,7 @@
 //! Events as metrics: `scripts/with-postgres.sh cargo run --example prometheus`
 //!
-//! Some threads take turns at a lock, and one doesn't wait; what they did is printed in the text format that Prometheus reads.
-//! A service would serve that text on `/metrics`.
+//! Some threads take turns at a lock, and one doesn't wait; what they did is printed in the text format that
+//! Prometheus reads. A service would serve that text on `/metrics`.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -63,8 +63,9 @@ fn work(lock: &StorageLock, worker: &str) -> storage_lock::Result<()> {
 
 /// What is counted.
 ///
-/// No metric has the lock or its owner as a label: each value of a label is a series of its own, kept for ever by the process and by
-/// Prometheus, and ids that are made from users or jobs are without end. Where the locks are few and known, a label for them is fine.
+/// No metric has the lock or its owner as a label: each value of a label is a series of its own, kept for ever by the
+/// process and by Prometheus, and ids that are made from users or jobs are without end. Where the locks are few and
+/// known, a label for them is fine.
 struct Metrics {
     acquires: IntCounterVec,
     held: IntGauge,

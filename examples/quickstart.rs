@@ -1,7 +1,8 @@
 //! Ten workers, one lock: `scripts/with-postgres.sh cargo run --example quickstart`
 //!
-//! Each worker is a thread that writes its name to a shared resource while it holds the lock. The work takes 300 ms, or as
-//! many as the first argument says (`… --example quickstart -- 50`). At the end the workers' log and the resource must agree.
+//! Each worker is a thread that writes its name to a shared resource while it holds the lock. The work takes 300 ms,
+//! or as many as the first argument says (`… --example quickstart -- 50`). At the end the workers' log and the
+//! resource must agree.
 
 use std::error::Error;
 use std::process::ExitCode;

@@ -1,8 +1,8 @@
 //! Money moves under a fence: `scripts/with-postgres.sh cargo run --example transfer`
 //!
-//! A process takes the lock, reads two accounts, and is stopped for longer than its lease. Another one takes the lock over and
-//! transfers. When the first one wakes up it still believes in what it read; its transaction is refused, and nothing of it is
-//! committed. Without the fence, money would be made from nothing.
+//! A process takes the lock, reads two accounts, and is stopped for longer than its lease. Another one takes the lock
+//! over and transfers. When the first one wakes up it still believes in what it read; its transaction is refused, and
+//! nothing of it is committed. Without the fence, money would be made from nothing.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -100,8 +100,8 @@ fn accounts_lock() -> Result<StorageLock, Box<dyn Error>> {
     Ok(StorageLock::with_options(&storage, options)?)
 }
 
-/// Moves money from alice to bob, as far as the lock is held when it is committed. It writes what it computed from what it read:
-/// that is what the lock is for.
+/// Moves money from alice to bob, as far as the lock is held when it is committed. It writes what it computed from
+/// what it read: that is what the lock is for.
 fn transfer(guard: &LockGuard, client: &mut Client, amount: i64, pause: impl FnOnce()) -> Result<(), Box<dyn Error>> {
     guard.transaction(client, |transaction| {
         let mut balance = |owner: &str| -> Result<i64, postgres::Error> {

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Checks what the library depends on: licences and sources (deny.toml), and known vulnerabilities, as far as the list of them
-# can be had.
+# Checks what the library depends on: licences and sources (deny.toml), and known vulnerabilities, as far as the list
+# of them can be had.
 #
 #   scripts/audit.sh
 #
-# Licences and sources need nothing but the lock file. The list of vulnerabilities is fetched; where that fails, this says that it was
-# not checked and goes on, since a machine without that network could land nothing else. Fails if something is found.
+# Licences and sources need nothing but the lock file. The list of vulnerabilities is fetched; where that fails, this
+# says that it was not checked and goes on, since a machine without that network could land nothing else. Fails if
+# something is found.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Looks for a DSN, an id or a name that the code mishandles, led by the branches that each input takes: what the property
-# tests of src/fuzz.rs check at random, for as long as one likes.
+# Looks for a DSN, an id or a name that the code mishandles, led by the branches that each input takes: what the
+# property tests of src/fuzz.rs check at random, for as long as one likes.
 #
 #   scripts/fuzz.sh [SECONDS]
 #
-# Runs each target for so long (default 60) and fails if one finds something; the input is then in fuzz/artifacts. Needs `cargo fuzz`
-# (cargo install cargo-fuzz) and a C++ compiler; where cargo-fuzz is missing, it says so and does nothing.
+# Runs each target for so long (default 60) and fails if one finds something; the input is then in fuzz/artifacts.
+# Needs `cargo fuzz` (cargo install cargo-fuzz) and a C++ compiler; where cargo-fuzz is missing, it says so and does
+# nothing.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 
@@ -19,7 +20,8 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
   exit 0
 fi
 
-# The coverage and the sanitizer are unstable options of the compiler; any toolchain has them, if it is told that this is known.
+# The coverage and the sanitizer are unstable options of the compiler; any toolchain has them, if it is told that this
+# is known.
 export RUSTC_BOOTSTRAP=1
 for target in dsn name; do
   mkdir -p "fuzz/corpus/$target"

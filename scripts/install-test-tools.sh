@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, libfaketime, to move wall clocks, shellcheck,
-# for these scripts, and cargo-deny, for scripts/audit.sh. Debian's packages, as root or with sudo, and cargo's; does nothing where
-# they are there already.
+# Installs what the tests use beyond PostgreSQL itself: pgbouncer, to be tested behind it, libfaketime, to move wall
+# clocks, shellcheck, for these scripts, and cargo-deny, for scripts/audit.sh. Debian's packages, as root or with
+# sudo, and cargo's; does nothing where they are there already.
 set -euo pipefail
 
 if ! cargo deny --version >/dev/null 2>&1; then

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs the library's threads under a model checker, which explores orders that a test on a real machine meets once in a year.
+# Runs the library's threads under a model checker, which explores orders that a test on a real machine meets once in
+# a year.
 #
 #   scripts/model.sh [--seconds N] [SCENARIO]
 #   scripts/model.sh --replay SCHEDULE SCENARIO
 #
-# Each scenario, or those whose name contains SCENARIO, is run for N seconds (default 4) under as many schedules as that makes.
-# The schedule of a failure is kept in target/model/failures until the next run; --replay runs it once more, with a backtrace, as long
-# as the code is the one that it was found with.
-# Needs no database. See src/model.rs.
+# Each scenario, or those whose name contains SCENARIO, is run for N seconds (default 4) under as many schedules as
+# that makes. The schedule of a failure is kept in target/model/failures until the next run; --replay runs it once
+# more, with a backtrace, as long as the code is the one that it was found with. Needs no database. See src/model/.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 
@@ -41,4 +41,4 @@ optimised=(--config 'profile.test.opt-level=2' --config 'profile.test.package."*
 for package in shuttle-engine shuttle-schedulers shuttle-std; do
   optimised+=(--config "profile.test.package.$package.opt-level=2")
 done
-exec cargo test --locked --lib --target-dir target/model "${optimised[@]}" -- "model::${1-}"
+exec cargo test --locked --lib --target-dir target/model "${optimised[@]}" -- "model::scenarios::${1-}"

@@ -65,7 +65,8 @@ header() {
   sed -nE "/^diff /q; s/^$2: (.*)/\1/p" "$planted/$1.patch"
 }
 
-# The tree as it is, with what isn't committed. New times of all files, so that cargo sees what a patch before had changed.
+# The tree as it is, with what isn't committed. New times of all files, so that cargo sees what a patch before had
+# changed.
 copy_tree() {
   rm -rf "$work/tree"
   mkdir -p "$work/tree"

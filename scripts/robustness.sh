@@ -3,8 +3,9 @@
 #
 #   scripts/robustness.sh [--minutes N] [--seed S] [--seeds N]
 #
-# Without options it runs the twenty seeds that the tests run. --seed S runs one seed again, or begins with it where --minutes or
-# --seeds is given too; --minutes N goes on with further seeds for so long. Needs PostgreSQL's binaries, as
+# Without options it runs the twenty seeds that the tests run. --seed S runs one seed again, or begins with it where
+# --minutes or --seeds is given too; --minutes N goes on with further seeds for so long. Needs PostgreSQL's binaries,
+# as
 # scripts/with-postgres.sh does; it starts servers of its own. With libfaketime (scripts/install-test-tools.sh) the workers'
 # wall clocks are moved too. The histories of a run that breaks a rule stay in target/tmp/robustness.
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks that the library, not its tests, compiles for other systems: Windows, 32 bits, and 32 bits without 64-bit atomics.
-# A target that isn't installed, and that rustup can't get, is named and left out.
+# Checks that the library, not its tests, compiles for other systems: Windows, 32 bits, and 32 bits without 64-bit
+# atomics. A target that isn't installed, and that rustup can't get, is named and left out.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 

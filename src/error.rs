@@ -1,50 +1,52 @@
 //! The one error type. Contention is never an error: a busy lock is `Ok(None)`.
+//!
+//! Invariant: no error shows a password. Imports: nothing of this crate.
 
 use std::time::Duration;
 
 use postgres::error::SqlState;
 
-/// What `Result` means in this crate.
+/// The `Result` of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// An error of any kind.
+/// Any error, as the source of ours.
 pub(crate) type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why an operation failed.
 ///
-/// The text says what was being done; the cause, where there is one, is in [`source`](std::error::Error::source) and
-/// not repeated in the text. `postgres::Error` puts the server's own words one level further down, so print the
+/// The text says what the library was doing. The cause, if there is one, is in [`source`](std::error::Error::source),
+/// and the text doesn't repeat it. `postgres::Error` puts the server's own words one level further down, so print the
 /// whole chain. No password is ever part of it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An option or an argument can't be used. Found before anything touched the network.
+    /// An option or an argument can't be used. This is found before anything touches the network.
     #[error("invalid option {option} = {value}: expected {expected}")]
     InvalidOption {
-        /// The option's name, as its setter or argument is called.
+        /// The name of the option's setter, or of the argument.
         option: &'static str,
-        /// The value that was given. Of a DSN, which may hold a password, only the part that is safe to show.
+        /// The value that was given. A DSN may hold a password, so only the part that is safe to show.
         value: String,
-        /// What would have been right.
+        /// What a valid value looks like.
         expected: String,
     },
 
     /// No connection could be opened: refused, unreachable, wrong password, unknown database, too many connections.
     #[error("cannot open a connection to PostgreSQL at {address}")]
     Connect {
-        /// Where it was tried: host, address and port. Where there are several, this is one of them; up to four
-        /// others follow, each with its cause.
+        /// Where it was tried: host, address and port. If there are several, this is one of them, and up to four others
+        /// follow, each with its cause.
         address: String,
-        /// What was wrong there: a [`postgres::Error`], or the [`std::io::Error`] of what didn't come so far.
+        /// What was wrong there: a [`postgres::Error`], or the [`std::io::Error`] of an attempt that failed earlier.
         source: Cause,
     },
 
-    /// The time allowed was over before the database answered. What was asked may or may not have happened.
+    /// The time limit passed before the database answered. What was asked for may or may not have happened.
     #[error("cannot {action}: gave up after {after:?} of waiting for {waiting_for}")]
     Timeout {
         /// What was being done.
         action: String,
-        /// What had not come: an answer, a connection, or a place among `max_connections`.
+        /// What was missing: an answer, a connection, or a free one among `max_connections`.
         waiting_for: &'static str,
         /// How long it was waited for.
         after: Duration,
@@ -80,7 +82,7 @@ pub enum Error {
         version: i64,
     },
 
-    /// The hold is there, and the caller's transaction is not one that can be fenced by it, or release it.
+    /// The hold is there, but the caller's transaction can't be fenced by it, or can't release it.
     #[error("cannot fence a transaction by lock {lock_id:?}: {problem}")]
     Fence {
         /// The lock.
@@ -89,8 +91,8 @@ pub enum Error {
         problem: &'static str,
     },
 
-    /// This process was forked from the one that opened the storage, and shares its connections, but has none of its
-    /// threads.
+    /// This process was forked from the one that opened the storage. It shares the connections of that process, but has
+    /// none of its threads.
     #[error("this process was forked from the one that opened the storage: open a storage of its own in it")]
     Forked,
 
@@ -108,12 +110,13 @@ impl Error {
         matches!(self, Error::LeaseLost { .. })
     }
 
-    /// The text with that of all causes, for a log.
+    /// The text, followed by the texts of all causes, for a log.
     pub(crate) fn chain(&self) -> String {
         chain(self)
     }
 
-    /// Whether the same call may succeed a little later: the connection, the load or the server's state is to blame.
+    /// Whether the same call may succeed a little later, because the cause is the connection, the load or the server's
+    /// state.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
             Error::Connect { source, .. } => is_passing_cause(source.as_ref()),
@@ -128,14 +131,14 @@ impl Error {
     }
 }
 
-/// An error's text with that of all its causes.
+/// An error's text, followed by the texts of all its causes.
 pub(crate) fn chain(first: &(dyn std::error::Error + 'static)) -> String {
     let texts: Vec<String> =
         std::iter::successors(Some(first), |error| error.source()).map(ToString::to_string).collect();
     texts.join(": ")
 }
 
-/// Whether a connection that could not be opened may be opened a little later.
+/// Whether an attempt to open a connection may succeed a little later, after it failed for this cause.
 pub(crate) fn is_passing_cause(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.downcast_ref().is_none_or(is_passing_error)
 }
@@ -144,21 +147,25 @@ fn is_passing_error(error: &postgres::Error) -> bool {
     is_connection_fault(error) || error.code().is_some_and(is_passing)
 }
 
-/// Whether the server rolled a statement back for reasons that pass: 40 others were in the way, 53 disk, memory or connections are
-/// used up, 54 a limit was reached, 55 something is in use, 58 the operating system failed, and a statement that was cancelled.
+/// Whether the server rolled a statement back for a reason that passes.
+///
+/// The classes: 40 other transactions interfered; 53 disk, memory or connections are used up; 54 a limit was reached;
+/// 55 something is in use; 58 the operating system failed. A statement that was cancelled counts too.
 fn is_passing(code: &SqlState) -> bool {
     *code == SqlState::QUERY_CANCELED
         || ["40", "53", "54", "55", "58"].iter().any(|class| code.code().starts_with(class))
 }
 
-/// Whether the error speaks of the connection, which is not to be used again: what was asked may have happened.
+/// Whether the error is the connection's fault. Then the connection must not be used again, and what was asked for may
+/// have happened.
 pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {
     let Some(code) = error.code() else {
-        // No answer from the server: a socket, a closed connection, a broken protocol.
+        // Not an answer of the server: the socket failed, the connection was closed, or the protocol was broken.
         return true;
     };
-    // 08 connection exception, 57P shutdown, restart or idle timeout, 53300 too many connections, 25006 a server that
-    // became read-only (a failover), 25P03 a session that was ended because we, or the network, were slow within a transaction.
+    // 08: connection exception. 57P: shutdown, restart or idle timeout. 53300: too many connections. 25006: a server
+    // that became read-only (a failover). 25P03: the server ended a session because this process, or the network, was
+    // slow within a transaction.
     code.code().starts_with("08")
         || code.code().starts_with("57P")
         || [
@@ -169,14 +176,14 @@ pub(crate) fn is_connection_fault(error: &postgres::Error) -> bool {
         .contains(code)
 }
 
-/// Whether the server rolled a transaction back that may be repeated as it is.
+/// Whether the server rolled the transaction back because of other transactions, so that it may be repeated as it is.
 pub(crate) fn is_serialization_failure(error: &postgres::Error) -> bool {
     error
         .code()
         .is_some_and(|code| [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED].contains(code))
 }
 
-/// An option that can't be used.
+/// The error for an option that can't be used.
 pub(crate) fn invalid(option: &'static str, value: impl ToString, expected: impl ToString) -> Error {
     Error::InvalidOption { option, value: value.to_string(), expected: expected.to_string() }
 }

@@ -1,72 +1,77 @@
-//! What happens to locks, told to whoever counts it.
+//! Events: what happens to locks, sent to the callback that the user set.
+//!
+//! Invariant: no mutex is held while an event is sent. Imports: `error` and `user_code`.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
-use crate::user_code::{self, Callback, note};
+use crate::user_code::{self, Callback, log_at};
 
-/// Something that happened to a lock of a storage, as
-/// [`PostgresStorageOptions::on_event`](crate::PostgresStorageOptions::on_event) is told of it.
+/// Something that happened to a lock of a storage, for
+/// [`PostgresStorageOptions::on_event`](crate::PostgresStorageOptions::on_event).
 ///
-/// Every hold that a caller got is told of twice: [`Acquired`](Event::Acquired), before anything else of it, and when it ends either
-/// [`Released`](Event::Released) or [`Lost`](Event::Lost). So acquired, less released and lost, is held. A lock that its owner takes
-/// once more on the same thread is not acquired, and not released by the inner guards; a hold that nobody got, because its caller had
-/// given up meanwhile, is not told of at all.
+/// Every hold that a caller got has a first event, [`Acquired`](Event::Acquired), and one event for its end: either
+/// [`Released`](Event::Released) or [`Lost`](Event::Lost). So the number of held locks is acquired minus released minus
+/// lost.
 ///
-/// What happens at the same time on several threads is told at the same time. So the next hold may be told of just before the release that
-/// it follows, and the last refresh of a hold just after its end.
+/// If an owner takes its lock once more on the same thread, that is no `Acquired`, and the inner guards send no
+/// `Released`. A hold that nobody got, because its caller had given up meanwhile, has no events at all.
+///
+/// Events that happen simultaneously on several threads are sent simultaneously. So the `Acquired` of the next hold may
+/// come just before the `Released` that it follows, and the last `Refreshed` of a hold just after its end.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// A lock was acquired: a new hold began. It may have been handed over by another thread of this process.
+    /// A lock was acquired: a new hold began. Another thread of this process may have handed the lock over.
     #[non_exhaustive]
     Acquired {
         /// The lock.
         lock_id: &'a str,
-        /// Who holds it now.
+        /// The owner that holds it now.
         owner_id: &'a str,
         /// The version of the new hold.
         version: i64,
-        /// How long the call took that acquired it.
+        /// How long the call took that acquired the lock.
         waited: Duration,
-        /// Whether the lease of the hold before had run out without a release.
+        /// Whether the lease of the previous hold had run out without a release.
         is_takeover: bool,
     },
 
-    /// The database was asked for a lock, which was somebody else's, or just changed hands. Whoever waits asks again. Of the threads of a
-    /// process that wait for one lock only the first asks, and none while another thread of the process has it.
+    /// The database was asked for a lock that somebody else held, or that just changed hands. A waiter asks again
+    /// later. Of the threads of a process that wait for one lock, only the first asks, and none while another thread of
+    /// the process has the lock.
     #[non_exhaustive]
     Busy {
         /// The lock.
         lock_id: &'a str,
-        /// Who asked.
+        /// The owner that asked.
         owner_id: &'a str,
-        /// The version of the hold that is in the way, if that is known.
+        /// The version of the hold that is in the way, if it is known.
         version: Option<i64>,
     },
 
-    /// A lease was renewed.
+    /// A lease was refreshed.
     #[non_exhaustive]
     Refreshed {
         /// The lock.
         lock_id: &'a str,
-        /// Who holds it.
+        /// The owner that holds it.
         owner_id: &'a str,
         /// The version of the hold.
         version: i64,
-        /// From when the refresh was sent until it was answered.
+        /// The time from sending the refresh to its answer.
         latency: Duration,
     },
 
-    /// An attempt to renew a lease failed, or had no answer in time (one that comes later still counts, as
-    /// [`Refreshed`](Event::Refreshed)). It is repeated until the deadline of the hold.
+    /// A refresh failed, or had no answer in time. It is repeated until the deadline of the hold. An answer that comes
+    /// later still counts, as [`Refreshed`](Event::Refreshed).
     #[non_exhaustive]
     RefreshFailed {
         /// The lock.
         lock_id: &'a str,
-        /// Who holds it.
+        /// The owner that holds it.
         owner_id: &'a str,
         /// The version of the hold.
         version: i64,
@@ -74,42 +79,43 @@ pub enum Event<'a> {
         error: &'a Error,
     },
 
-    /// A hold was lost: its deadline came, or a refresh or the end of its last guard found that it was not there any more.
+    /// A hold was lost: its deadline came, or a refresh or the end of its last guard found that the hold was gone.
     #[non_exhaustive]
     Lost {
         /// The lock.
         lock_id: &'a str,
-        /// Who held it.
+        /// The owner that held it.
         owner_id: &'a str,
         /// The version of the hold.
         version: i64,
     },
 
-    /// A hold was given back, to the database or to the next thread of this process, or by a transaction that
-    /// [`unlock_in`](crate::LockGuard::unlock_in) was given.
+    /// A hold was released in the database, or handed over to the next thread of this process, or released by a
+    /// transaction that [`unlock_in`](crate::LockGuard::unlock_in) was given.
     #[non_exhaustive]
     Released {
         /// The lock.
         lock_id: &'a str,
-        /// Who held it.
+        /// The owner that held it.
         owner_id: &'a str,
         /// The version of the hold.
         version: i64,
-        /// How long the hold was: from when it was asked for, without the time in the line, until it was given back.
+        /// How long the hold lasted: from the request for it, without the time in the wait queue, to its release.
         held: Duration,
-        /// Whether it is known to be given back. If not, because the database was out of reach, that is repeated in the background; if that
-        /// fails too, the lease has to run out.
+        /// Whether the release is known to have happened. If not, because the database was out of reach, it is repeated
+        /// in the background. If that fails too, the lease has to run out.
         is_confirmed: bool,
     },
 
-    /// A connection was opened after one or more had broken, of those that are kept for calls or the one that listens for releases.
+    /// A connection was opened after one or more had broken: of the connections for calls, or the one that listens for
+    /// releases.
     #[non_exhaustive]
     Reconnected {},
 }
 
 type OnEvent = dyn Fn(&Event<'_>) + Send + Sync;
 
-/// Whom to tell, if anybody.
+/// The callback for events, if the user set one.
 #[derive(Clone, Default)]
 pub(crate) struct Events(Callback<OnEvent>);
 
@@ -118,11 +124,11 @@ impl Events {
         Events(Callback::to(Arc::new(on_event)))
     }
 
-    /// Tells of an event. No mutex may be held: what is called is not ours.
-    pub(crate) fn tell<'a>(&self, event: impl FnOnce() -> Event<'a>) {
+    /// Sends an event. The caller must hold no mutex, because the callback is user code.
+    pub(crate) fn send<'a>(&self, event: impl FnOnce() -> Event<'a>) {
         let Some(on_event) = self.0.get() else { return };
         if user_code::call(|| on_event(&event())).is_none() {
-            note!(warn, "on_event panicked");
+            log_at!(warn, "on_event panicked");
         }
     }
 }
@@ -139,6 +145,6 @@ mod tests {
 
     #[test]
     fn for_nobody_no_event_is_made() {
-        Events::default().tell(|| unreachable!("made"));
+        Events::default().send(|| unreachable!("made"));
     }
 }

@@ -1,18 +1,21 @@
-//! Code of the user's that the library calls: callbacks, and the logger.
+//! Calls of user code: callbacks, and the logger.
 //!
-//! It may panic: a logger that writes to a closed pipe does. Such a panic must reach neither the caller's thread nor a
-//! thread of the library. So each of these calls is made here, and its panic ends here.
+//! User code may panic: a logger that writes to a closed pipe does. Invariant: such a panic reaches neither the
+//! caller's thread nor a thread of the library. So every call of user code is made here, and its panic ends here.
+//!
+//! Imports: nothing of this crate.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-/// Calls what may panic; none if it did.
+/// Calls code that may panic. Returns `None` if it did.
 pub(crate) fn call<T>(user_code: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(user_code)) {
         Ok(value) => Some(value),
         Err(payload) => {
-            // What it panicked with is the user's too, and may panic when it is dropped; and so on, which ends here.
+            // The panic's payload is user code too: its drop may panic, with a payload whose drop may panic again.
+            // Forgetting the second payload ends that.
             if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
                 std::mem::forget(another);
             }
@@ -21,8 +24,8 @@ pub(crate) fn call<T>(user_code: impl FnOnce() -> T) -> Option<T> {
     }
 }
 
-/// A callback of the user's, if there is one. The last handle of it may go in any thread, with all that the callback
-/// owns.
+/// A callback, if the user set one. Its last clone may be dropped in any thread, together with everything that the
+/// callback owns.
 pub(crate) struct Callback<F: ?Sized>(Option<Arc<F>>);
 
 impl<F: ?Sized> Callback<F> {
@@ -61,14 +64,14 @@ impl<F: ?Sized> fmt::Debug for Callback<F> {
     }
 }
 
-/// Logs a line at a level of `log`, which names its macro.
-macro_rules! note {
+/// Logs a line at `$level`, the name of a macro of `log`.
+macro_rules! log_at {
     ($level:ident, $($text:tt)+) => {
         // A line that the logger could not write is lost.
         _ = $crate::user_code::call(|| log::$level!(target: "storage_lock", $($text)+))
     };
 }
-pub(crate) use note;
+pub(crate) use log_at;
 
 #[cfg(test)]
 mod tests {

@@ -33,7 +33,7 @@ struct Claim {
 }
 
 impl Claim {
-    // The parameters in the order of `src/sql.rs`, and with the types of `src/session.rs`.
+    // The parameters in the order of `src/db/sql/`, and with the types that stand there.
 
     fn acquire_parameters(&self) -> [Parameter<'_>; 8] {
         [

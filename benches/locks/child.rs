@@ -7,26 +7,23 @@ use std::thread;
 use std::time::Duration;
 
 use crate::server::Table;
-use crate::{fenced, processes, thousand, waiting};
 
 /// Role, DSN, table and arguments, a line each.
 const ROLE: &str = "STORAGE_LOCK_BENCH_ROLE";
 /// No child takes this long over anything that it was asked for.
 const BOUND: Duration = Duration::from_secs(300);
 
-/// Does what a child is to do, if this process is one.
-pub fn run() -> bool {
+/// What a child does that is given a table and arguments.
+pub type Run = fn(&Table, &[&str]);
+
+/// Does what a child is to do, if this process is one. Each role has a name.
+pub fn run(roles: &[(&str, Run)]) -> bool {
     let Ok(value) = std::env::var(ROLE) else { return false };
     let lines: Vec<&str> = value.split('\n').collect();
     let [role, dsn, table, arguments @ ..] = lines.as_slice() else { panic!("{ROLE} says too little") };
     let table = Table::of(dsn, table);
-    match *role {
-        processes::ROLE => processes::child(&table, arguments),
-        waiting::ROLE => waiting::child(&table, arguments),
-        fenced::ROLE => fenced::child(&table, arguments),
-        thousand::ROLE => thousand::child(&table, arguments),
-        other => panic!("{ROLE}: unknown role {other:?}"),
-    }
+    let Some((_, run)) = roles.iter().find(|(name, _)| name == role) else { panic!("{ROLE}: unknown role {role:?}") };
+    run(&table, arguments);
     true
 }
 

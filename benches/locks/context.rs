@@ -6,8 +6,6 @@ use std::thread;
 
 use postgres::{Client, NoTls};
 
-use crate::figures::chain;
-
 pub struct Context {
     pub dsn: String,
     pub is_short: bool,
@@ -46,4 +44,9 @@ impl Context {
         rows.into_iter().for_each(|row| writer.write_record(row).expect("write CSV"));
         writer.flush().expect("write CSV");
     }
+}
+
+/// An error with all its causes.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

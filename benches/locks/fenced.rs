@@ -8,8 +8,8 @@ use postgres::{Client, Statement, Transaction};
 use storage_lock::{LockGuard, StorageLock};
 
 use crate::child::{Process, hear, say};
-use crate::context::Context;
-use crate::figures::{Figure, Section, chain};
+use crate::context::{Context, chain};
+use crate::figures::{Figure, Section};
 use crate::measure::{SLICE_HEADER, Slice, Spread, interleave, slice_row};
 use crate::server::Table;
 
@@ -102,7 +102,8 @@ pub fn run(context: &Context) -> Section {
         ],
         notes: vec![
             "The round trip is SELECT 1 in the place of the fence.".to_owned(),
-            "After the lease, the fence of a further transaction, which stays open, keeps the lock from a process that asks for it."
+            "After the lease, the fence of a further transaction, which stays open, keeps the lock from a process \
+             that asks for it."
                 .to_owned(),
         ],
         wrong: failed.or(no_wait).or(lost.map(|error| format!("a hold was lost: {}", chain(&error)))),

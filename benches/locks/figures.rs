@@ -167,8 +167,3 @@ pub fn write_summary(context: &Context, figures: &[(&'static str, Figure)]) {
     });
     context.write_csv("summary.csv", &header, rows);
 }
-
-/// An error with all its causes.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}

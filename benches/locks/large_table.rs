@@ -26,7 +26,8 @@ pub fn run(context: &Context) -> Section {
     }
 }
 
-/// Other locks, all of them free, left as autovacuum would leave them, and written out, so that no checkpoint runs later.
+/// Other locks, all of them free, left as autovacuum would leave them, and written out, so that no checkpoint runs
+/// later.
 fn fill(table: &Table, rows: i32) {
     let mut client = table.client();
     let insert = format!(

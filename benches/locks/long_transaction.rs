@@ -84,7 +84,8 @@ pub fn run(context: &Context) -> Section {
     Section {
         figures,
         notes: vec![format!(
-            "Of {length} s, the last {w} are compared with the first {w}, which are the yardstick. The other two shapes are naive ones.",
+            "Of {length} s, the last {w} are compared with the first {w}, which are the yardstick. The other two \
+             shapes are naive ones.",
             w = digits(window)
         )],
         ..Section::default()
@@ -95,7 +96,8 @@ pub fn run(context: &Context) -> Section {
 fn open_snapshot(client: &mut Client) {
     client
         .batch_execute(
-            "SET idle_in_transaction_session_timeout = 0; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class LIMIT 1",
+            "SET idle_in_transaction_session_timeout = 0; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM \
+             pg_class LIMIT 1",
         )
         .expect("begin a long transaction");
 }

@@ -1,10 +1,13 @@
 //! How fast the library is, measured against the bare statements that it sends.
 //!
 //! `scripts/bench.sh` runs all of it against a throwaway server; `cargo bench` runs it against the server in
-//! `STORAGE_LOCK_POSTGRESQL_DSN`, whose role has to be a superuser. Each benchmark has its yardstick measured in the same
-//! run, in slices that alternate with its own, and prints a table with what must be reached and what is aimed for. A figure
-//! that misses fails nothing; a wrong result (an error, a lost hold, two owners) ends the run with a non-zero code.
+//! `STORAGE_LOCK_POSTGRESQL_DSN`, whose role has to be a superuser. Each benchmark has its yardstick measured in the
+//! same run, in slices that alternate with its own, and prints a table with what must be reached and what is aimed
+//! for. A figure that misses fails nothing; a wrong result (an error, a lost hold, two owners) ends the run with a
+//! non-zero code.
 
+// A test, or a table of what to do, may be long.
+#![allow(clippy::too_many_lines)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 // One binary: `pub` is what the modules share.
 #![allow(missing_docs, unreachable_pub)]
@@ -18,7 +21,7 @@ mod plot;
 mod server;
 /// The library's own statements, for the yardstick.
 #[allow(dead_code, unused_imports)]
-#[path = "../../src/sql.rs"]
+#[path = "../../src/db/sql/mod.rs"]
 mod sql;
 
 mod fenced;
@@ -46,6 +49,14 @@ struct Benchmark {
     run: fn(&Context) -> Section,
 }
 
+/// What this binary does where it is run as another process's child.
+const ROLES: [(&str, child::Run); 4] = [
+    (processes::ROLE, processes::child),
+    (waiting::ROLE, waiting::child),
+    (fenced::ROLE, fenced::child),
+    (thousand::ROLE, thousand::child),
+];
+
 const BENCHMARKS: [Benchmark; 9] = [
     Benchmark { id: "B1", title: "lock and unlock, nobody else", run: uncontended::run },
     Benchmark { id: "B2", title: "ten threads of one process, one lock", run: threads::run },
@@ -59,7 +70,7 @@ const BENCHMARKS: [Benchmark; 9] = [
 ];
 
 fn main() -> ExitCode {
-    if child::run() {
+    if child::run(&ROLES) {
         return ExitCode::SUCCESS;
     }
     let (is_short, out, wanted) = match arguments() {

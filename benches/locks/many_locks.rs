@@ -46,7 +46,8 @@ pub fn run(context: &Context) -> Section {
             compared("p50, ms", &pairs, Slice::p50).ratio(ratios(&pairs, Slice::p50)),
         ],
         notes: vec![format!(
-            "The yardstick is {THREADS} bare clients, each with a lock of its own. The library's threads pick one of {LOCKS} at random."
+            "The yardstick is {THREADS} bare clients, each with a lock of its own. The library's threads pick one of \
+             {LOCKS} at random."
         )],
         ..Section::default()
     }

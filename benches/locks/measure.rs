@@ -123,8 +123,8 @@ pub fn alternate(
         .collect()
 }
 
-/// Several sides that take turns cycle by cycle, in an order that changes, where slices of one would differ by the time at which
-/// they came. One round doesn't count. A slice's time is that of its own cycles.
+/// Several sides that take turns cycle by cycle, in an order that changes, where slices of one would differ by the
+/// time at which they came. One round doesn't count. A slice's time is that of its own cycles.
 pub fn interleave<const N: usize>(rounds: usize, length: Duration, mut cycle: impl FnMut(usize)) -> Vec<[Slice; N]> {
     let mut order: [usize; N] = std::array::from_fn(|side| side);
     let mut round = || {

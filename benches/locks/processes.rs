@@ -1,4 +1,5 @@
-//! B3: how fast a lock goes from process to process: from just before `unlock` is called until `lock` returns elsewhere.
+//! B3: how fast a lock goes from process to process: from just before `unlock` is called until `lock` returns
+//! elsewhere.
 //!
 //! `CLOCK_MONOTONIC` is the same for all processes of a machine, and the versions say which hold came after which.
 

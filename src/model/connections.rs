@@ -1,13 +1,15 @@
-//! Connections to the toy server, as slow and as lossy to open as what is sent on them.
+//! Connections to the model server. To open one is as slow and as lossy as to use it.
+//!
+//! Stands in for `db::connections` under the model checker. Uses `db::session` (the model's), `events` and `error`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::Config;
 
+use crate::db::session::Session;
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::session::Session;
 
 #[derive(Clone)]
 pub(crate) struct Connections(Arc<()>);
@@ -21,10 +23,10 @@ impl Connections {
         Duration::from_secs(5)
     }
 
-    pub(crate) fn doubt(&self) {}
+    pub(crate) fn suspect(&self) {}
 
     pub(crate) fn open(&self, prepare: impl Fn(&mut Session) -> Result<(), postgres::Error>) -> Result<Session> {
         let opened = Session::open().and_then(|mut session| prepare(&mut session).map(|()| session));
-        opened.map_err(|source| Error::Connect { address: "the toy".to_owned(), source: source.into() })
+        opened.map_err(|source| Error::Connect { address: "the model".to_owned(), source: source.into() })
     }
 }

@@ -1,4 +1,7 @@
-//! A session with the toy server: one row in memory, behind a network that the checker lets be slow or lossy.
+//! The model server, and sessions with it: one row in memory, behind a network that may be slow or lossy.
+//!
+//! Replaces `db/session.rs` under the model checker. The checker's random numbers decide what the network
+//! does.
 
 #![allow(clippy::expect_used)]
 
@@ -10,82 +13,83 @@ use std::time::{Duration, SystemTime};
 use postgres::Config;
 use uuid::Uuid;
 
-use crate::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation, Ticket};
+use crate::db::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation, RowWaiter};
+use crate::db::sql::{COLUMNS, Sql};
 use crate::hold::Hold;
-use crate::sql::{COLUMNS, Sql};
+use crate::model::row::{Notified, Row};
 use crate::sync::{Condvar, Instant, Mutex, lock, random, thread, wait_until};
-use crate::toy::{Notified, Row};
 
 /// What the network does to statements.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Weather {
-    /// How long a request and an answer are under way at most.
+pub(crate) struct NetworkFaults {
+    /// How long a request or an answer takes at most.
     pub(crate) delay: Duration,
-    /// One statement in so many is lost, or its answer is, and its connection with it; none if zero.
+    /// One statement in so many is lost, or its answer is, together with its connection. Zero means none.
     pub(crate) losses: u32,
-    /// The same for refreshes, beside those.
+    /// One refresh in so many is lost in the same way, in addition.
     pub(crate) lost_refreshes: u32,
-    /// One notification in so many is lost; none if zero.
+    /// One notification in so many is lost. Zero means none.
     pub(crate) lost_notifications: u32,
-    /// There is a pooler in the way of notifications.
-    pub(crate) is_deaf: bool,
+    /// A pooler keeps all notifications back.
+    pub(crate) drops_notifications: bool,
 }
 
-/// After so long the client gives up a connection that is silent.
+/// The client gives up a connection that has been silent for so long.
 const SILENCE: Duration = Duration::from_secs(15);
 
 thread_local! {
-    /// Of the execution that runs. It is never borrowed where another thread may go on.
+    /// The server of the current execution. Nothing borrows it across a point where another thread may run.
     static SERVER: RefCell<Server> = RefCell::default();
 }
 
 #[derive(Default)]
 pub(crate) struct Server {
-    pub(crate) weather: Weather,
+    pub(crate) faults: NetworkFaults,
     pub(crate) row: Option<Row>,
-    /// By lease, how often somebody ended the hold: released it or handed it over. Zero of one that runs.
+    /// By version, how often somebody ended the hold: released it or handed it over. Zero for one that nobody has
+    /// ended.
     pub(crate) ends: BTreeMap<i64, u32>,
-    /// The versions, by lease.
+    /// The versions, by lease id.
     versions: HashMap<Uuid, i64>,
-    /// How many statements came.
+    /// How many statements the server has run.
     pub(crate) statements: u32,
     inboxes: HashMap<Uuid, Arc<Inbox>>,
-    /// The holds that somebody counts on.
+    /// The holds whose trust is checked.
     watched: Vec<Arc<Hold>>,
-    /// The versions that were found not to be trusted any more.
+    /// The versions whose holds were found to be trusted no more.
     over: BTreeSet<i64>,
-    /// A transaction of a caller's has released the hold, and is open.
+    /// A caller's transaction has released the hold, and is open.
     pub(crate) is_row_locked: bool,
-    /// Somebody changes the row behind the library's back: what it says is not the truth.
+    /// The scenario changed the row behind the library's back, so that trust can't be checked by it.
     pub(crate) is_tampered: bool,
 }
 
 #[derive(Default)]
 struct Inbox {
     payloads: Mutex<VecDeque<String>>,
-    came: Condvar,
+    arrived: Condvar,
 }
 
-/// Looks at the server, or changes it, at one moment.
+/// Looks at the server, or changes it, in one step.
 pub(crate) fn server<T>(look: impl FnOnce(&mut Server) -> T) -> T {
     SERVER.with_borrow_mut(look)
 }
 
-/// A server of an execution's own.
-pub(crate) fn start_server(weather: Weather) {
-    SERVER.set(Server { weather, ..Server::default() });
+/// Starts a new server for an execution.
+pub(crate) fn start_server(faults: NetworkFaults) {
+    SERVER.set(Server { faults, ..Server::default() });
 }
 
 impl Server {
-    /// From now on, nobody else may own the lock while this hold says that it is held.
+    /// From now on, nobody else may hold the lock while this hold says that it is held.
     pub(crate) fn watch(&mut self, hold: &Arc<Hold>) {
         self.watched.push(Arc::clone(hold));
     }
 
-    /// Its holder is about to give it back.
+    /// The holder is about to release it.
     pub(crate) fn unwatch(&mut self, hold: &Arc<Hold>) {
-        let place = self.watched.iter().position(|watched| Arc::ptr_eq(watched, hold)).expect("watched");
-        self.watched.swap_remove(place);
+        let position = self.watched.iter().position(|watched| Arc::ptr_eq(watched, hold)).expect("watched");
+        self.watched.swap_remove(position);
     }
 
     fn began(&mut self, claim: &Claim, version: i64) {
@@ -100,8 +104,8 @@ impl Server {
     }
 }
 
-/// Checks that what is trusted is true. Each hold is asked after the row was looked at: if it is trusted then, it was trusted
-/// at that moment, because nothing revives a hold, and the row was its own.
+/// Checks that every trusted hold is the row's. First reads the row, and then asks each hold. Nothing revives a hold:
+/// one that is trusted now was trusted when the row was read. So that row must be its own.
 pub(crate) fn check() {
     let now = Instant::now();
     let (row, watched, is_tampered) = server(|server| (server.row.clone(), server.watched.clone(), server.is_tampered));
@@ -123,12 +127,12 @@ pub(crate) struct Session {
     inbox: Option<Arc<Inbox>>,
 }
 
-/// As if the connection had been lost: an error without the server's words.
+/// The error of a lost connection, without an error of the server in it.
 fn fault() -> postgres::Error {
     "port=none".parse::<Config>().expect_err("not a port")
 }
 
-/// One in `of`.
+/// True once in `of` times.
 fn chance(of: u32) -> bool {
     of > 0 && random().is_multiple_of(of)
 }
@@ -136,28 +140,29 @@ fn chance(of: u32) -> bool {
 /// What a statement does when a transaction has locked the row.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// It waits.
+    /// The statement waits.
     Update,
+    /// The statement waits, too. Refreshes may be lost more often.
     Refresh,
-    /// It skips the row.
-    Passing,
+    /// The statement skips the row.
+    SkipLocked,
 }
 
-fn deliver(told: Vec<(Uuid, String)>) {
-    let lost = server(|server| server.weather.lost_notifications);
-    for (waiter, payload) in told {
+fn deliver(sent: Vec<(Uuid, String)>) {
+    let lost = server(|server| server.faults.lost_notifications);
+    for (waiter, payload) in sent {
         if chance(lost) {
             continue;
         }
         let inbox = server(|server| server.inboxes.get(&waiter).cloned());
         if let Some(inbox) = inbox {
             lock(&inbox.payloads).push_back(payload);
-            inbox.came.notify_all();
+            inbox.arrived.notify_all();
         }
     }
 }
 
-/// A transaction of a caller's releases a hold, and stays open; false if there is nothing to release.
+/// A caller's transaction releases a hold, and stays open. False if there is nothing to release.
 pub(crate) fn release_in_transaction(claim: &Claim) -> bool {
     server(|server| {
         let is_there =
@@ -167,52 +172,52 @@ pub(crate) fn release_in_transaction(claim: &Claim) -> bool {
     })
 }
 
-/// It ends.
+/// That transaction ends.
 pub(crate) fn end_transaction(claim: &Claim, commits: bool) {
     let now = Instant::now();
-    let told = server(|server| {
+    let sent = server(|server| {
         server.is_row_locked = false;
         let row = server.row.as_mut().filter(|_| commits)?;
         row.release(claim, None, None, false, now)
     });
-    deliver(notifications(told.map(|(_, notified)| notified).unwrap_or_default(), &claim.lock_id));
+    deliver(notifications(sent.map(|(_, notified)| notified).unwrap_or_default(), &claim.lock_id));
 }
 
-/// A request or an answer is under way.
-fn travel(weather: &Weather) {
+/// Takes the time of a request or an answer.
+fn travel(faults: &NetworkFaults) {
     match random() % 4 {
-        _ if weather.delay.is_zero() => {}
-        0 => thread::sleep(weather.delay),
-        1 => thread::sleep(weather.delay / 16),
+        _ if faults.delay.is_zero() => {}
+        0 => thread::sleep(faults.delay),
+        1 => thread::sleep(faults.delay / 16),
         _ => {}
     }
 }
 
 impl Session {
-    /// Opens one, which takes its time, and may fail.
+    /// Opens a session, which takes time, and may fail.
     pub(crate) fn open() -> Result<Session, postgres::Error> {
-        let weather = server(|server| server.weather);
-        travel(&weather);
-        if chance(weather.losses) { Err(fault()) } else { Ok(Session { is_broken: false, inbox: None }) }
+        let faults = server(|server| server.faults);
+        travel(&faults);
+        if chance(faults.losses) { Err(fault()) } else { Ok(Session { is_broken: false, inbox: None }) }
     }
 
-    /// Runs a statement on the server, at one moment, unless it gets lost.
+    /// Runs a statement on the server, in one step, unless it gets lost.
     fn run<T>(
         &mut self,
         kind: Kind,
         statement: impl FnOnce(&mut Server, Instant) -> (T, Vec<(Uuid, String)>),
     ) -> Result<T, Fault> {
-        let weather = server(|server| server.weather);
-        let is_lost = chance(weather.losses) || kind == Kind::Refresh && chance(weather.lost_refreshes);
+        let faults = server(|server| server.faults);
+        let is_lost = chance(faults.losses) || kind == Kind::Refresh && chance(faults.lost_refreshes);
         let (is_request_lost, is_silent) = (is_lost && random().is_multiple_of(2), random().is_multiple_of(2));
-        travel(&weather);
+        travel(&faults);
         let mut answer = None;
         if !is_request_lost {
             let mut statement = Some(statement);
-            let (said, told) = loop {
+            let (value, sent) = loop {
                 let now = Instant::now();
                 let done = server(|server| {
-                    if server.is_row_locked && kind != Kind::Passing {
+                    if server.is_row_locked && kind != Kind::SkipLocked {
                         return None;
                     }
                     server.statements += 1;
@@ -223,13 +228,13 @@ impl Session {
                     None => thread::sleep(Duration::from_millis(1)),
                 }
             };
-            deliver(told);
+            deliver(sent);
             check();
-            answer = Some(said);
+            answer = Some(value);
         }
         match answer {
             Some(answer) if !is_lost => {
-                travel(&weather);
+                travel(&faults);
                 Ok(answer)
             }
             _ => {
@@ -241,14 +246,14 @@ impl Session {
         }
     }
 
-    pub(crate) fn acquire(&mut self, _: &Sql, claim: &Claim, ticket: Option<Ticket>) -> Result<Acquired, Fault> {
+    pub(crate) fn acquire(&mut self, _: &Sql, claim: &Claim, row_waiter: Option<RowWaiter>) -> Result<Acquired, Fault> {
         let sent = Instant::now();
-        self.run(Kind::Passing, |server, now| {
+        self.run(Kind::SkipLocked, |server, now| {
             if server.is_row_locked {
                 return (Acquired::Locked, Vec::new());
             }
             let Some(row) = &mut server.row else { return (Acquired::Absent, Vec::new()) };
-            let (answer, notified) = row.acquire(claim, ticket, now);
+            let (answer, notified) = row.acquire(claim, row_waiter, now);
             if let Some(version) = answer.taken {
                 server.began(claim, version);
             }
@@ -284,11 +289,11 @@ impl Session {
         waits_again: bool,
     ) -> Result<Option<u32>, Fault> {
         self.run(Kind::Update, |server, now| {
-            let told = server.row.as_mut().and_then(|row| row.release(claim, version, waiter, waits_again, now));
-            if told.is_some() {
+            let sent = server.row.as_mut().and_then(|row| row.release(claim, version, waiter, waits_again, now));
+            if sent.is_some() {
                 server.ended(claim);
             }
-            let (waiters, notified) = told.map_or((None, Vec::new()), |(waiters, notified)| (Some(waiters), notified));
+            let (waiters, notified) = sent.map_or((None, Vec::new()), |(waiters, notified)| (Some(waiters), notified));
             (waiters, notifications(notified, &claim.lock_id))
         })
     }
@@ -301,7 +306,7 @@ impl Session {
         next: &Claim,
     ) -> Result<Option<Granted>, Fault> {
         let sent = Instant::now();
-        self.run(Kind::Passing, |server, now| {
+        self.run(Kind::SkipLocked, |server, now| {
             if server.is_row_locked {
                 return (None, Vec::new());
             }
@@ -325,7 +330,7 @@ impl Session {
     }
 
     pub(crate) fn is_direct(&self) -> bool {
-        server(|server| !server.weather.is_deaf)
+        server(|server| !server.faults.drops_notifications)
     }
 
     pub(crate) fn listen(&mut self, waiter: Uuid) -> Result<(), postgres::Error> {
@@ -333,12 +338,12 @@ impl Session {
         Ok(())
     }
 
-    pub(crate) fn notification(&mut self, patience: Duration) -> Result<Option<String>, postgres::Error> {
+    pub(crate) fn notification(&mut self, timeout: Duration) -> Result<Option<String>, postgres::Error> {
         let Some(inbox) = &self.inbox else { return Ok(None) };
-        let until = Instant::now() + patience;
+        let until = Instant::now() + timeout;
         let mut payloads = lock(&inbox.payloads);
         while payloads.is_empty() && Instant::now() < until {
-            payloads = wait_until(&inbox.came, payloads, until);
+            payloads = wait_until(&inbox.arrived, payloads, until);
         }
         Ok(payloads.pop_front())
     }
@@ -347,15 +352,15 @@ impl Session {
         true
     }
 
-    pub(crate) fn tell_break(&self) {}
+    pub(crate) fn report_break(&self) {}
 
-    pub(crate) fn is_doubted(&self) -> bool {
+    pub(crate) fn is_suspect(&self) -> bool {
         false
     }
 
     pub(crate) fn trust(&mut self) {}
 
-    pub(crate) fn prove(&mut self, _: Duration) -> bool {
+    pub(crate) fn answers_within(&mut self, _: Duration) -> bool {
         true
     }
 
@@ -416,9 +421,10 @@ impl Session {
     }
 }
 
-/// The payloads of notifications.
+/// The notifications with their payloads, as the statements make them.
 fn notifications(notified: Vec<Notified>, lock_id: &str) -> Vec<(Uuid, String)> {
-    let payload =
-        |(waiter, delay, turn): Notified| (waiter, format!("{waiter} {} {turn} {lock_id}", delay.as_millis()));
+    let payload = |(waiter, delay, notified_version): Notified| {
+        (waiter, format!("{waiter} {} {notified_version} {lock_id}", delay.as_millis()))
+    };
     notified.into_iter().map(payload).collect()
 }

@@ -1,8 +1,8 @@
-//! What threads share, time, and chance, as the model checker has them.
+//! Mutexes, condition variables, threads, time and random numbers of the model checker.
 //!
-//! Time is a number that only the [`clock`](run_clock) moves, a thread of the model: from one end of a timed wait to the next.
-//! So a wait of half a minute takes nothing, and what may happen "at the same moment" does. How soon the clock moves is the
-//! scheduler's to say, see [`Pace`].
+//! Time is a number. Only the [`clock`](run_clock), a thread of the model, moves it: from the end of one timed wait
+//! to the end of the next. So a wait of half a minute takes no time, and things that may happen at the same moment
+//! do. The scheduler decides how soon the clock moves: see [`Pace`].
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -13,15 +13,16 @@ use std::time::Duration;
 use shuttle::rand::{RngCore, thread_rng};
 pub(crate) use shuttle::sync::{Mutex, MutexGuard};
 
-/// An instant of the model's time, which begins anew with each execution; with what the library uses of the real one.
+/// An instant of the model's time, which begins anew with each execution. It has those methods of the real one that the
+/// library uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Instant(Duration);
 
 impl Instant {
-    /// So that there is a time before.
+    /// Late enough to have instants before it.
     const START: Instant = Instant(Duration::from_secs(1_000_000));
 
-    /// Time may pass right after it was read: the scheduler may let another thread go on here.
+    /// Time may pass right after this reads it: the scheduler may let another thread run here.
     pub fn now() -> Instant {
         shuttle::thread::sleep(Duration::ZERO);
         CLOCK.with_borrow(|clock| clock.now)
@@ -75,7 +76,7 @@ impl Sub<Instant> for Instant {
     }
 }
 
-/// Any number.
+/// A random number.
 pub(crate) fn random() -> u32 {
     thread_rng().next_u32()
 }
@@ -84,7 +85,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The checker's, shared with the clock, which ends timed waits by a notification of its own.
+/// The checker's condition variable, shared with the clock. The clock ends timed waits by a notification of its own.
 #[derive(Clone, Debug)]
 pub(crate) struct Condvar(Arc<shuttle::sync::Condvar>);
 
@@ -119,25 +120,25 @@ pub(crate) fn wait_until<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, unt
 /// How soon time passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pace {
-    /// Only when all threads wait: what takes time has waited for it.
+    /// Time passes only when all threads wait. So all time that passes is time that somebody waited for.
     Lazy,
-    /// Also while threads could go on, which is what happens to threads that are stopped for long.
+    /// Time passes even while threads could run, as if those threads were stopped for long.
     Eager,
 }
 
 thread_local! {
-    /// Of the execution that runs; all its threads are on one of the system's.
+    /// The clock of the current execution, all of whose threads run on one thread of the system.
     static CLOCK: RefCell<Clock> = RefCell::new(Clock::new(Pace::Lazy));
 }
 
 struct Clock {
     now: Instant,
     pace: Pace,
-    /// The timed waits, by when they end; a wait takes itself out.
+    /// The timed waits, by their end. A wait removes itself.
     timers: BTreeMap<(Instant, u64), Condvar>,
     next_timer: u64,
     thread: Option<shuttle::thread::Thread>,
-    /// The threads of the library, by name.
+    /// How many threads of the library run, by name.
     live: BTreeMap<String, usize>,
     is_over: bool,
 }
@@ -165,8 +166,8 @@ impl Clock {
         Some(timer)
     }
 
-    /// Moves on, and says who is to be woken. One whose time has come is woken again and again, because it may have been
-    /// just about to wait; a lazy clock stands still until all of them have woken.
+    /// Moves the time, and returns whom to wake. A wait whose end has come is woken again and again, because its
+    /// thread may have been just about to wait. A lazy clock stands still until all of those have woken.
     fn tick(&mut self) -> Vec<Condvar> {
         let is_due = |(until, _): &(Instant, u64)| *until <= self.now;
         let is_anybody_due = self.timers.keys().next().is_some_and(is_due);
@@ -178,14 +179,14 @@ impl Clock {
     }
 }
 
-/// Starts the time of an execution. The clock has to be the first thread that it starts: see [`CLOCK_TASK`].
+/// Starts the clock of an execution. It has to be the first thread that the execution starts: see [`CLOCK_TASK`].
 pub(crate) fn start_clock(pace: Pace) {
     CLOCK.set(Clock::new(pace));
     let clock = shuttle::thread::spawn(run_clock);
-    CLOCK.with_borrow_mut(|of| of.thread = Some(clock.thread().clone()));
+    CLOCK.with_borrow_mut(|current| current.thread = Some(clock.thread().clone()));
 }
 
-/// The clock's task: the second one, after that of the test.
+/// The number of the clock's task: the second one, after that of the test.
 pub(crate) const CLOCK_TASK: usize = 1;
 
 fn run_clock() {
@@ -196,7 +197,7 @@ fn run_clock() {
             return;
         }
         if is_idle {
-            // Where all others wait too, and not for a time, the checker calls it a deadlock.
+            // If all other threads wait, too, and without a timeout, the checker reports a deadlock.
             shuttle::thread::park();
         } else {
             CLOCK.with_borrow_mut(Clock::tick).iter().for_each(Condvar::notify_all);
@@ -211,13 +212,13 @@ fn wake_clock() {
     }
 }
 
-/// The test is over when the library's threads are.
+/// Lets the clock end, as soon as the library's threads have ended.
 pub(crate) fn stop_clock() {
     CLOCK.with_borrow_mut(|clock| clock.is_over = true);
     wake_clock();
 }
 
-/// The library's threads that run.
+/// How many threads of the library run, by name.
 pub(crate) fn live_threads() -> BTreeMap<String, usize> {
     CLOCK.with_borrow(|clock| clock.live.clone())
 }
@@ -238,7 +239,7 @@ pub(crate) mod thread {
         }
     }
 
-    /// Counts the threads that it starts.
+    /// Starts threads, and counts those that run.
     #[derive(Default)]
     pub(crate) struct Builder {
         name: String,
@@ -253,7 +254,7 @@ pub(crate) mod thread {
             Builder { name }
         }
 
-        /// The checker's stacks are all alike.
+        /// Does nothing: all stacks of the checker have one size.
         pub(crate) fn stack_size(self, _: usize) -> Builder {
             self
         }

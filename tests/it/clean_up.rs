@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use storage_lock::{Error, LockGuard, LockOptions, PostgresStorage, StorageLock};
 
 use crate::free::{hold_of_the_dead, side_by_side, stands_in_the_row};
-use crate::line::hang_durable_commits;
+use crate::queue::hang_durable_commits;
 use crate::settings::Role;
 use crate::support::proxy::Proxy;
 use crate::support::server::Server;

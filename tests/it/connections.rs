@@ -268,8 +268,8 @@ fn a_waiter_that_gave_up_leaves_no_lock_behind() {
     eventually("it is free", || lock.try_lock("worker").unwrap().is_some());
 }
 
-/// The connection breaks while the server works on the acquire. The repetition finds the row locked, and so busy; then the
-/// first one commits.
+/// The connection breaks while the server works on the acquire. The repetition finds the row locked, and so busy;
+/// then the first one commits.
 #[test]
 fn an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind() {
     let (table, proxy, storage) = proxied();
@@ -279,7 +279,8 @@ fn an_acquire_that_commits_after_its_repetition_leaves_no_lock_behind() {
         .client()
         .batch_execute(
             &"CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(1); END IF; RETURN new; END $$;
+                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(1); END IF; RETURN \
+                  new; END $$;
               CREATE TRIGGER slow BEFORE UPDATE ON $T FOR EACH ROW EXECUTE FUNCTION $T_slow()"
                 .replace("$T", &table.name),
         )

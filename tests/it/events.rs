@@ -744,7 +744,8 @@ fn a_callback_may_drop_the_last_of_the_storage_and_nothing_is_left() {
     }
 }
 
-/// Whoever is told of a busy lock is the head of the line. Those behind it don't take that for a database that is silent.
+/// Whoever is told of a busy lock is the head of the line. Those behind it don't take that for a database that is
+/// silent.
 #[test]
 fn a_callback_that_takes_long_makes_nobody_give_up() {
     let table = Table::new();

@@ -28,7 +28,8 @@ fn run<S: Strategy>(cases: u32, strategy: &S, check: impl Fn(S::Value)) {
 
 /// Any characters up to about so many bytes: those that mean something in SQL, or any.
 fn any_text(bytes: usize) -> impl Strategy<Value = String> {
-    const WORDS: &str = "' \" \\ \\\\ '' \"\" % _ $1 $$ ; -- /* */ , . { } ( ) E' U&\" :: NULL null public storage_lock a A á a\u{301} ß \
+    const WORDS: &str = "' \" \\ \\\\ '' \"\" % _ $1 $$ ; -- /* */ , . { } ( ) E' U&\" :: NULL null public \
+    storage_lock a A á a\u{301} ß \
                          🔒 \u{202e} \u{feff} \u{7f} \0 DROP TABLE";
     let words: Vec<&str> = WORDS.split(' ').chain([" ", "\n", "\r", "\t"]).collect();
     prop_oneof![

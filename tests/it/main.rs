@@ -3,6 +3,8 @@
 //! `scripts/with-postgres.sh cargo test` runs them. A test that hurts a server starts one of its own. Each has its own
 //! table, and a name that is a claim.
 
+// A test, or a table of what to do, may be long.
+#![allow(clippy::too_many_lines)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 // One binary: `pub` is what the modules share.
 #![allow(unreachable_pub)]
@@ -23,7 +25,6 @@ mod fuzz;
 mod holds;
 mod input;
 mod leaks;
-mod line;
 mod locked;
 mod loss;
 mod many;
@@ -32,6 +33,7 @@ mod notify;
 mod pair;
 mod pooler;
 mod processes;
+mod queue;
 mod roles;
 mod script;
 mod servers;

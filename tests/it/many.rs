@@ -129,7 +129,8 @@ fn one_connection_is_kept_for_refreshes_and_releases() {
         .client()
         .batch_execute(
             &"CREATE FUNCTION $T_slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(2.5); END IF; RETURN new; END $$;
+                  IF new.owner_id = 'slow' AND new.version <> old.version THEN PERFORM pg_sleep(2.5); END IF; RETURN \
+                  new; END $$;
               CREATE TRIGGER slow BEFORE UPDATE ON $T FOR EACH ROW EXECUTE FUNCTION $T_slow()"
                 .replace("$T", &table.name),
         )
@@ -181,7 +182,8 @@ fn names(what: &str, number: usize) -> Vec<String> {
 /// Holds of a process that is not there any more, for ten minutes.
 fn held_by_the_dead(table: &Table, lock_ids: &[String]) {
     let sql = format!(
-        "INSERT INTO {} SELECT name, 1, 'dead', gen_random_uuid(), clock_timestamp(), clock_timestamp() + interval '600 s'
+        "INSERT INTO {} SELECT name, 1, 'dead', gen_random_uuid(), clock_timestamp(), clock_timestamp() + interval \
+         '600 s'
          FROM unnest($1::text[]) AS name",
         table.name
     );

@@ -219,7 +219,8 @@ fn a_dead_holders_lock_is_taken_within_half_a_second_of_its_expiry() {
     // What it has sent arrives.
     holder.wait();
     eventually("its sessions are gone", || {
-        let sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%refreshed%' AND query LIKE '%' || $1 || '%' AND pid <> pg_backend_pid()";
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%refreshed%' AND query LIKE '%' || $1 || \
+        '%' AND pid <> pg_backend_pid()";
         table.client().query_one(sql, &[&table.name]).unwrap().get::<_, i64>(0) == 0
     });
     let expiry = lock.info().unwrap().unwrap().lease_expire_time;

@@ -1,7 +1,7 @@
 //! A primary and its standby: the primary dies, the standby is promoted. Each test has a pair of its own.
 //!
-//! With a synchronous standby nothing is lost that was granted. With one that is not, commits may be lost: the tests show
-//! what that does to holds and versions, and what to do about it.
+//! With a synchronous standby nothing is lost that was granted. With one that is not, commits may be lost: the tests
+//! show what that does to holds and versions, and what to do about it.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -134,8 +134,8 @@ fn acquires_that_were_not_answered_when_the_primary_died_are_settled() {
     assert!(start.elapsed() < s(25), "a lease of 30 s was waited for");
 }
 
-/// The sessions that took these holds were ended while they waited for the standby: their rows are there, but not on the
-/// standby. They are released, and what is granted instead waits for the standby.
+/// The sessions that took these holds were ended while they waited for the standby: their rows are there, but not on
+/// the standby. They are released, and what is granted instead waits for the standby.
 #[test]
 fn a_hold_whose_answer_was_lost_is_not_granted_without_the_standby() {
     let mut pair = Pair::synchronous();
@@ -330,8 +330,8 @@ fn a_hold_that_the_standby_had_not_got_is_lost_with_the_primary() {
     b.unlock().unwrap();
 }
 
-/// What is to be run after a loss, before clients are let in: with the longest lease of any lock. Under this lease id who
-/// held a lock holds it no more, and nobody else gets it before the last of them has lost its trust.
+/// What is to be run after a loss, before clients are let in: with the longest lease of any lock. Under this lease id
+/// who held a lock holds it no more, and nobody else gets it before the last of them has lost its trust.
 const RAISE: &str = "
     UPDATE $T SET version = version + 1000000000, owner_id = 'failover',
         lease_id = '00000000-0000-0000-0000-000000000000', lock_begin_time = clock_timestamp(),

@@ -1,6 +1,7 @@
 //! Behind pgbouncer in transaction mode: a server session belongs to a client for one transaction only.
 //!
-//! Needs `pgbouncer` on the path; without it these tests say so and pass, unless `STORAGE_LOCK_TEST_PGBOUNCER=required`.
+//! Needs `pgbouncer` on the path; without it these tests say so and pass, unless
+//! `STORAGE_LOCK_TEST_PGBOUNCER=required`.
 
 use std::fs;
 use std::io::Write;

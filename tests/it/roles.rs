@@ -224,7 +224,8 @@ fn panic_at_events(table: &Table) {
     say(before);
 }
 
-/// Loses a lock that it hears of, one that it doesn't before the drop, and one that it unlocks; with all logs on standard error.
+/// Loses a lock that it hears of, one that it doesn't before the drop, and one that it unlocks; with all logs on
+/// standard error.
 fn lose_locks(table: &Table) {
     env_logger::Builder::new().filter_module("storage_lock", log::LevelFilter::Trace).init();
     let storage = table.storage();
@@ -292,7 +293,7 @@ fn threads(table: &Table) {
     table.execute("ALTER TABLE $T RENAME TO $T_away");
     assert!(lock("third").try_lock("worker").is_err());
     table.execute("ALTER TABLE $T_away RENAME TO $T");
-    assert_eq!(count("lock-follow-up"), 0);
+    assert_eq!(count("lock-clean-up"), 0);
     drop(storage);
     eventually("no storage, no threads", || {
         [
@@ -301,7 +302,7 @@ fn threads(table: &Table) {
             "lock-connect",
             "lock-close",
             "lock-open",
-            "lock-follow-up",
+            "lock-clean-up",
             "lock-listen",
             "r2d2-worker-0",
         ]
@@ -501,7 +502,8 @@ fn panic_at_every_line(table: &Table) {
     let end = Instant::now() + ms(4_000);
     while Instant::now() < end {
         table.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%$T%' AND pid <> pg_backend_pid()",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%$T%' AND pid <> \
+             pg_backend_pid()",
         );
         is_refreshed(&guard);
         assert!(guard.is_held());

@@ -104,7 +104,8 @@ fn a_search_path_with_impostors() {
     client()
         .batch_execute(&format!(
             "CREATE SCHEMA {schema};
-             CREATE FUNCTION {schema}.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS 'SELECT ''infinity''::timestamptz';
+             CREATE FUNCTION {schema}.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS 'SELECT \
+             ''infinity''::timestamptz';
              CREATE FUNCTION {schema}.pg_backend_pid() RETURNS int LANGUAGE sql AS 'SELECT 1'"
         ))
         .unwrap();

@@ -66,7 +66,10 @@ fn strange_identifiers_are_quoted() {
 fn another_programs_table_is_refused_and_not_touched() {
     let table = Table::new();
     // What the Go library keeps under the same default name.
-    table.execute("CREATE TABLE $T (lock_id varchar(255) PRIMARY KEY, owner_id varchar(255), version bigint, lock_information_json_string text)");
+    table.execute(
+        "CREATE TABLE $T (lock_id varchar(255) PRIMARY KEY, owner_id varchar(255), version bigint, \
+    lock_information_json_string text)",
+    );
     table.execute("INSERT INTO $T VALUES ('l', 'somebody', 7, '{}')");
     for create_table in [true, false] {
         let problem = problem(PostgresStorage::new(table.options().create_table(create_table)));

@@ -70,6 +70,69 @@ fn nothing_is_left_unfinished() {
     }
 }
 
+/// The rooms of the library, each of which uses only those below it.
+const ROOMS: [&str; 16] = [
+    "lib",
+    "fuzz",
+    "guarantees",
+    "lock",
+    "fence",
+    "guard",
+    "storage",
+    "wait",
+    "options",
+    "hold",
+    "db",
+    "events",
+    "error",
+    "user_code",
+    "backoff",
+    "sync",
+];
+
+#[test]
+fn the_rooms_use_only_those_below_them() {
+    for file in files("src", ".rs") {
+        let path = file.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap();
+        let path = path.with_extension("").to_string_lossy().into_owned();
+        let room = path.split('/').next().unwrap();
+        // What belongs to tests, and what is inside of a `mod tests`, may look into all of them.
+        if room == "model" || path.contains("/tests") {
+            continue;
+        }
+        let place = |room: &str| ROOMS.iter().position(|known| *known == room);
+        let own = place(room).unwrap_or_else(|| panic!("{room} is not among the rooms"));
+        let text = read(&file);
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let code: String = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let used = code
+            .split("crate::")
+            .skip(1)
+            .filter_map(|rest| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next());
+        for other in used.filter(|other| *other != room && *other != "model") {
+            // A type at the crate's root is nobody's.
+            let Some(other_place) = place(other) else { continue };
+            assert!(own < other_place, "src/{path}.rs uses {other}, which is above it");
+        }
+    }
+}
+
+#[test]
+fn files_and_lines_are_short_enough_to_read() {
+    for file in ["src", "tests", "benches", "examples"].iter().flat_map(|folder| files(folder, ".rs")) {
+        let text = read(&file);
+        for (number, line) in (1..).zip(text.lines()) {
+            assert!(line.chars().count() <= 120, "{}:{number} has {} columns", file.display(), line.chars().count());
+        }
+    }
+    for file in files("src", ".rs") {
+        let path = file.to_string_lossy().into_owned();
+        let text = read(&file);
+        let code = text.split("mod tests {").next().unwrap().lines().count();
+        assert!(path.contains("/tests") || path.contains("/model/") || code <= 420, "{path} has {code} lines");
+    }
+}
+
 /// A clock that can be set has no say in anything.
 #[test]
 fn this_machines_wall_clock_is_never_asked() {

@@ -211,8 +211,8 @@ fn a_logger_that_panics_at_every_line_loses_no_hold_and_keeps_no_call_from_comin
     assert!(child.wait().success());
 }
 
-/// The driver's lines come from the middle of a call, which is made again, or of opening a connection. And what it panics
-/// with panics when it is dropped.
+/// The driver's lines come from the middle of a call, which is made again, or of opening a connection. And what it
+/// panics with panics when it is dropped.
 #[test]
 fn a_logger_that_panics_at_a_line_of_the_driver_costs_a_connection_and_no_hold() {
     let table = Table::new();

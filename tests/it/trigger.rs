@@ -315,7 +315,8 @@ fn a_trigger_of_another_kind_is_refused() {
 
 #[test]
 fn a_newer_writer_waits_for_an_older_ones_open_transaction() {
-    // The older version is new to the table, or it has been seen before; a transaction of another writer under it may end first.
+    // The older version is new to the table, or it has been seen before; a transaction of another writer under it may
+    // end first.
     for is_seen in [false, true] {
         let schema = Schema::guarded();
         if is_seen {

@@ -154,8 +154,8 @@ fn a_commit_that_never_arrived_keeps_the_lock() {
     without_number(table);
 }
 
-/// The server ends the session in the commit. That the hold is not there any more doesn't mean that it was committed: its lease may have run
-/// out before it was looked for, or meanwhile.
+/// The server ends the session in the commit. That the hold is not there any more doesn't mean that it was committed:
+/// its lease may have run out before it was looked for, or meanwhile.
 #[test]
 fn a_commit_that_was_undone_is_not_taken_for_one_where_the_lease_has_run_out() {
     let table = Table::new();
@@ -424,10 +424,12 @@ fn shadow(client: &mut Client, evil: &str) {
         CREATE FUNCTION evil.fails(bigint) RETURNS bigint LANGUAGE plpgsql AS 'BEGIN RAISE ''shadowed''; END';
         CREATE AGGREGATE evil.count (\"any\") (
             SFUNC = pg_catalog.int8inc_any, STYPE = bigint, INITCOND = '0', FINALFUNC = evil.fails);
-        CREATE AGGREGATE evil.count (*) (SFUNC = pg_catalog.int8inc, STYPE = bigint, INITCOND = '0', FINALFUNC = evil.fails);
+        CREATE AGGREGATE evil.count (*) (SFUNC = pg_catalog.int8inc, STYPE = bigint, INITCOND = '0', FINALFUNC =
+        evil.fails);
         DO $do$
         DECLARE
-            simple CONSTANT regtype[] := '{text,bigint,integer,uuid,uuid[],xid,xid8,boolean,timestamptz,anyelement,anynonarray,anyarray}';
+            simple CONSTANT regtype[] :=
+            '{text,bigint,integer,uuid,uuid[],xid,xid8,boolean,timestamptz,anyelement,anynonarray,anyarray}';
             it record;
         BEGIN
             FOR it IN SELECT proname, proretset, prorettype::regtype AS returns,
@@ -436,20 +438,25 @@ fn shadow(client: &mut Client, evil: &str) {
                 WHERE pronamespace = 'pg_catalog'::regnamespace AND prokind = 'f' AND proargmodes IS NULL
                   AND proargtypes::oid[] <@ simple::oid[]
                   AND (prorettype = ANY (simple) OR prorettype = 'void'::regtype)
-                  AND proname IN ('clock_timestamp', 'now', 'pg_notify', 'unnest', 'txid_current', 'pg_current_xact_id', 'right', 'left',
-                                  'concat', 'array_remove', 'array_append', 'array_position', 'cardinality', 'gen_random_uuid')
+                  AND proname IN ('clock_timestamp', 'now', 'pg_notify', 'unnest', 'txid_current',
+                  'pg_current_xact_id', 'right', 'left',
+                                  'concat', 'array_remove', 'array_append', 'array_position', 'cardinality',
+                                  'gen_random_uuid')
             LOOP
-                EXECUTE format('CREATE FUNCTION evil.%I(%s) RETURNS %s %s LANGUAGE plpgsql AS $f$BEGIN RAISE ''shadowed %s''; END$f$',
+                EXECUTE format('CREATE FUNCTION evil.%I(%s) RETURNS %s %s LANGUAGE plpgsql AS $f$BEGIN RAISE
+                ''shadowed %s''; END$f$',
                     it.proname, it.arguments, CASE WHEN it.proretset THEN 'SETOF' END, it.returns, it.proname);
             END LOOP;
             FOR it IN SELECT DISTINCT oprname, l::text AS l, r::text AS r
                 FROM pg_operator, unnest(ARRAY[oprleft::regtype]) AS l, unnest(ARRAY[oprright::regtype]) AS r
                 WHERE oprnamespace = 'pg_catalog'::regnamespace AND oprleft = ANY (simple) AND oprright = ANY (simple)
-                UNION SELECT '||', l, r FROM unnest('{text,bigint,uuid}'::text[]) AS l, unnest('{text,bigint,uuid}'::text[]) AS r
+                UNION SELECT '||', l, r FROM unnest('{text,bigint,uuid}'::text[]) AS l,
+                unnest('{text,bigint,uuid}'::text[]) AS r
             LOOP
                 EXECUTE format('CREATE OR REPLACE FUNCTION evil.operator(%s, %s) RETURNS boolean LANGUAGE plpgsql AS
                     ''BEGIN RAISE ''''a shadowed operator''''; END''', it.l, it.r);
-                EXECUTE format('CREATE OPERATOR evil.%s (FUNCTION = evil.operator, LEFTARG = %s, RIGHTARG = %s)', it.oprname, it.l, it.r);
+                EXECUTE format('CREATE OPERATOR evil.%s (FUNCTION = evil.operator, LEFTARG = %s, RIGHTARG = %s)',
+                it.oprname, it.l, it.r);
             END LOOP;
             FOR it IN SELECT unnest('{text,uuid,int8,int4,timestamptz,xid,bool}'::text[]) AS name LOOP
                 EXECUTE format('CREATE DOMAIN evil.%I AS pg_catalog.%I CHECK (false)',

@@ -121,7 +121,11 @@ fn a_wait_goes_on_while_connections_break() {
         for _ in 0..5 {
             thread::sleep(ms(100));
             client
-                .execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%' || $1 || '%' AND pid <> pg_backend_pid()", &[&table.name])
+                .execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%' || $1 || '%' \
+                AND pid <> pg_backend_pid()",
+                    &[&table.name],
+                )
                 .unwrap();
         }
         assert!(!waiter.is_finished());

@@ -1,5 +1,5 @@
-//! What every client saw: each call with the instants just before and just after it, on the machine's monotonic clock, which
-//! all processes share.
+//! What every client saw: each call with the instants just before and just after it, on the machine's monotonic
+//! clock, which all processes share.
 //!
 //! A worker writes a line before a call and one after it, each with one `write`, so that SIGKILL loses nothing that was
 //! complete. A call without its second line may have happened, at any time after its start.

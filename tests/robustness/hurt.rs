@@ -491,7 +491,8 @@ impl Targets<'_> {
         }
     }
 
-    /// What fails here fails because of something else that is being done to the server. Says what it has done to which lock.
+    /// What fails here fails because of something else that is being done to the server. Says what it has done to
+    /// which lock.
     fn hurt_database(&self, planned: &Planned) -> Option<Kind> {
         let mut client = Client::connect(&format!("{} connect_timeout=2", self.dsn), NoTls).ok()?;
         let table = self.table;
@@ -535,7 +536,8 @@ impl Targets<'_> {
                 thread::sleep(planned.lasts);
             }
             Hurt::UndoCommit => {
-                // The row as it was before its newest hold: somebody else's, under the version and the lease of another time.
+                // The row as it was before its newest hold: somebody else's, under the version and the lease of
+                // another time.
                 let sql = format!(
                     "UPDATE {table} SET version = version - 1, owner_id = 'before', lease_id = gen_random_uuid(),
                          lease_expire_time = clock_timestamp() + interval '1 second', waiters = NULL

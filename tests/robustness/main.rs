@@ -8,6 +8,8 @@
 //!
 //! `scripts/robustness.sh` runs as many as one likes, or a certain one again. `planted` has bugs that this finds.
 
+// A test, or a table of what to do, may be long.
+#![allow(clippy::too_many_lines)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 // One binary: `pub` is what the modules share.
 #![allow(unreachable_pub)]

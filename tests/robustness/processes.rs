@@ -25,7 +25,8 @@ pub struct Workers {
     clock: Option<(usize, PathBuf, PathBuf)>,
     slots: Vec<Mutex<Slot>>,
     lives: Mutex<Vec<Life>>,
-    /// What processes have said: that a thread has taken every lock after the last fault, that all have given everything back.
+    /// What processes have said: that a thread has taken every lock after the last fault, that all have given
+    /// everything back.
     said: Arc<Mutex<HashSet<(usize, String)>>>,
     is_calm: Mutex<bool>,
 }

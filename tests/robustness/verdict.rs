@@ -29,12 +29,13 @@
 //! asked.
 //!
 //! A hold is *trusted* from the first time that its thread was seen to find it held to the last deadline that it was
-//! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe side: a
-//! violation is one however the clock readings and the calls interleaved. A call without an answer may have
+//! told (`remaining`), or the end that its owner made of it, or its process's death. All instants are on the safe
+//! side: a violation is one however the clock readings and the calls interleaved. A call without an answer may have
 //! happened, at any time after its start.
 //!
-//! Where commits were undone (a restore, a failover to a standby that lacked them), a lock can't keep rules 1 to 3 across that
-//! moment: they are asked for before it, after it, and, of an owner from before, once it could hear of it by a refresh.
+//! Where commits were undone (a restore, a failover to a standby that lacked them), a lock can't keep rules 1 to 3
+//! across that moment: they are asked for before it, after it, and, of an owner from before, once it could hear of it
+//! by a refresh.
 
 #[cfg(test)]
 mod examples;
@@ -153,7 +154,8 @@ impl fmt::Display for Counts {
         write!(
             f,
             "{holds} holds, {takeovers} takeovers, {lost} losses, {calls} calls ({unanswered} unanswered), \
-             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer hold), \
+             {faults} faults ({kills} kills), {writes} writes and {refused} refused ({refused_late} after a newer \
+             hold), \
              {free} times free beside a waiter (for {longest_free:.1?} at most; {free_quietly} of them unhurt, \
              for {longest_quietly:.1?})"
         )

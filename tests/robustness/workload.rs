@@ -22,7 +22,8 @@ use crate::support::{chain, ms};
 pub const WORKER: &str = "STORAGE_LOCK_ROBUSTNESS_WORKER";
 /// What a worker's lines begin with.
 pub const PREFIX: &str = "worker: ";
-/// Asks a worker to say the same, with the number that follows, when one of its threads has written and not committed yet.
+/// Asks a worker to say the same, with the number that follows, when one of its threads has written and not committed
+/// yet.
 pub const IN_A_WRITE: &str = "in a write ";
 /// How a worker exits that ends without giving anything back.
 pub const ABANDONED: i32 = 7;
@@ -31,7 +32,8 @@ pub const ABANDONED: i32 = 7;
 pub const HOT: &str = "hot";
 /// Everybody waits for it, for as long as it takes.
 pub const QUEUE: &str = "queue";
-/// New ones come into use all the time: at first by one worker, which makes the first hold in its time, however slow its network.
+/// New ones come into use all the time: at first by one worker, which makes the first hold in its time, however slow
+/// its network.
 const FRESH: &str = "fresh";
 /// A worker has it most of the time, and others ask for it.
 fn kept(worker: usize) -> String {
@@ -178,7 +180,8 @@ fn work(setting: &Setting, recorder: &Recorder, phase: &AtomicU8, abandons: &Ato
     });
 }
 
-/// The threads and sockets of this process that are left, when there are none of the library's any more or the time is over.
+/// The threads and sockets of this process that are left, when there are none of the library's any more or the time
+/// is over.
 fn left(until: Instant) -> (Vec<String>, usize) {
     loop {
         let tasks = std::fs::read_dir("/proc/self/task").expect("threads").flatten();
@@ -241,8 +244,8 @@ impl Worker<'_> {
         format!("{OWN}-{}-{}", self.setting.process, self.thread)
     }
 
-    /// One thread has a lock most of the time, so that whatever happens happens to somebody's hold: its own, or one that others
-    /// ask for all the time.
+    /// One thread has a lock most of the time, so that whatever happens happens to somebody's hold: its own, or one
+    /// that others ask for all the time.
     fn keeps(&self) -> bool {
         self.thread == self.setting.threads
     }
@@ -284,7 +287,8 @@ impl Worker<'_> {
             return;
         }
         let ways = [How::TryLock, How::TryLockFor, How::TryLockUntil, How::Lock];
-        // Half of the threads are in a hurry: while others wait for a lock whose holder died, they go on with other ones.
+        // Half of the threads are in a hurry: while others wait for a lock whose holder died, they go on with other
+        // ones.
         let hurries = self.hurries();
         let how =
             *ways.get(..if hurries { 3 } else { 4 }).and_then(|ways| ways.choose(&mut self.random)).expect("a way");
@@ -466,7 +470,8 @@ impl Worker<'_> {
         IDS.fetch_add(1, Ordering::SeqCst) | (self.setting.process as u64) << 32
     }
 
-    /// Writes to the lock's register if the hold lasts until then. Whether it does nobody has looked: that is for the fence.
+    /// Writes to the lock's register if the hold lasts until then. Whether it does nobody has looked: that is for the
+    /// fence.
     fn write(&mut self, guard: &LockGuard) {
         let fences = [Fence::Transaction, Fence::Transaction, Fence::First, Fence::First, Fence::Last];
         let levels = [Level::ReadCommitted, Level::RepeatableRead, Level::Serializable];
@@ -631,8 +636,8 @@ impl Write<'_> {
         transaction.execute(&sql, &[&guard.lock_id(), &guard.version(), &id]).map(drop)
     }
 
-    /// When the faults are over everybody goes on at once. One that loses its hold meanwhile is late: it gives others time
-    /// to take over.
+    /// When the faults are over everybody goes on at once. One that loses its hold meanwhile is late: it gives others
+    /// time to take over.
     fn pause(&self, guard: &LockGuard, pause: Duration) {
         let (mut until, mut was_held) = (Instant::now() + pause, !pause.is_zero() && guard.is_held());
         loop {

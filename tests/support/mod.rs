@@ -125,7 +125,8 @@ pub fn short_lock(storage: &PostgresStorage, lock_id: &str, lease: Duration, ref
     StorageLock::with_options(storage, options).expect("make a lock")
 }
 
-/// Starts a thread that waits for a lock, and returns when it sleeps. Behind a hold of its own process it does so only in the line.
+/// Starts a thread that waits for a lock, and returns when it sleeps. Behind a hold of its own process it does so
+/// only in the line.
 #[track_caller]
 pub fn waiting_thread<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     static COUNT: AtomicUsize = AtomicUsize::new(0);

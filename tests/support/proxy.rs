@@ -22,7 +22,8 @@ struct Control {
     swallowed: AtomicUsize,
     /// The next connection is accepted, and nothing gets through on it.
     swallows_next: AtomicBool,
-    /// The answer to the next request that contains this is lost: it is received, thrown away, and the connection is cut.
+    /// The answer to the next request that contains this is lost: it is received, thrown away, and the connection is
+    /// cut.
     cut: Mutex<Option<Vec<u8>>>,
     cuts: AtomicUsize,
     /// The answer to the next request that contains this comes so much later.
@@ -137,7 +138,8 @@ impl Proxy {
         *self.control.held_back.lock().unwrap() = None;
     }
 
-    /// Lets the next request with these bytes reach the server. Its connection stays open, and hears nothing from then on.
+    /// Lets the next request with these bytes reach the server. Its connection stays open, and hears nothing from
+    /// then on.
     pub fn swallow_answers_after(&self, bytes: &[u8]) {
         *self.control.deafened.lock().unwrap() = Some(bytes.to_vec());
     }

@@ -38,8 +38,8 @@ impl<'a> Judge<'a> {
         }
     }
 
-    /// A release is acknowledged before it is on the disk. One that a crash undid leaves its lease to run out, which for a long
-    /// lease is later than we wait.
+    /// A release is acknowledged before it is on the disk. One that a crash undid leaves its lease to run out, which
+    /// for a long lease is later than we wait.
     fn release_may_be_lost(&self, lock: &str) -> bool {
         let history = self.history;
         let mut crashes = history.faults.iter().filter(|fault| fault.kind == Kind::Crashed);
@@ -125,7 +125,8 @@ impl<'a> Judge<'a> {
         };
         for operation in &self.history.operations {
             let Some(Outcome::Failed(failure, text)) = operation.outcome() else { continue };
-            // Of a transaction of the workers' own: one that met another writer, or was ended because it was idle for too long.
+            // Of a transaction of the workers' own: one that met another writer, or was ended because it was idle for
+            // too long.
             let is_own =
                 matches!(operation.call, Call::Write { .. } | Call::Release { how: Ending::UnlockIn { .. }, .. });
             let meets_others = !matches!(operation.call, Call::Write { level: Level::ReadCommitted, .. });

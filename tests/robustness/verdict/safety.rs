@@ -180,7 +180,8 @@ impl<'a> Judge<'a> {
                 if let Some(newer) = self.taken_before_commit(write) {
                     let at = |at| self.history.at(at);
                     let text = format!(
-                        "{lock:?}: the write of {} was not committed by {} ms, nor undone when {} had taken the lock by {} ms",
+                        "{lock:?}: the write of {} was not committed by {} ms, nor undone when {} had taken the lock \
+                         by {} ms",
                         name(),
                         at(write.uncommitted.unwrap_or_default()),
                         newer.name(),
