@@ -2,7 +2,7 @@
 //!
 //! In a forked child, no method here touches a mutex: a thread that doesn't exist there may have locked it.
 //!
-//! Uses storage/ and the rooms below it.
+//! Uses storage/ and the modules below it.
 
 use std::fmt;
 use std::sync::Arc;

@@ -3,7 +3,7 @@
 //! An acquire makes one attempt without waiting, or it waits with a ticket in the wait queue of this process. However
 //! a wait ends, [`Waiting`] leaves nothing of it behind.
 //!
-//! Uses `guard` and the rooms below it, but not fence/.
+//! Uses `guard` and the modules below it, but not fence/.
 
 use std::fmt;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ impl StorageLock {
     /// later attempt returns its error immediately only if a retry can't help.
     pub fn lock(&self, owner_id: &str) -> Result<LockGuard> {
         loop {
-            // A wait without a limit ends with a guard or an error.
+            // `Forever` never returns `None`. If it did, waiting again would be right.
             if let Some(guard) = self.acquire(owner_id, WaitLimit::Forever)? {
                 return Ok(guard);
             }
@@ -140,7 +140,7 @@ impl StorageLock {
         check_id("owner_id", owner_id)?;
         self.storage.check_process()?;
         let began = Instant::now();
-        if let Some(hold) = self.storage.queues().enter_again(&self.options.lock_id, owner_id) {
+        if let Some(hold) = self.storage.queues().reenter(&self.options.lock_id, owner_id) {
             return Ok(Some(LockGuard::new(self.storage.clone(), hold)));
         }
         if limit.is_over(began) {

@@ -1,7 +1,7 @@
 //! Mutexes, condition variables, threads, time and random numbers.
 //!
 //! Here they are the standard library's. Under the model checker (`--cfg shuttle`), `model/sync.rs` replaces this
-//! file: there the checker decides which thread runs, and when time passes. Uses no other room.
+//! file: there the checker decides which thread runs, and when time passes. Uses no other module.
 
 use std::sync::PoisonError;
 

@@ -1,6 +1,6 @@
 //! The database: connections, the threads that make calls on them, every statement, and what an answer means.
 //!
-//! Imports go one way: this room uses `events`, `error`, `user_code` and `sync`, and none above it.
+//! Imports go one way: this module uses `events`, `error`, `user_code` and `sync`, and none above it.
 
 pub(crate) mod answer;
 // The model checker replaces the connections and the sessions by a model of the server.

@@ -15,7 +15,7 @@
 //!   *backend check*).
 //! - At the first sign of a pooler the storage turns to unnamed statements, which take one round trip each, too.
 //!
-//! Uses [`crate::db::answer`], [`crate::db::route`], [`crate::db::sql`], and the rooms below `db`. Under the model
+//! Uses [`crate::db::answer`], [`crate::db::route`], [`crate::db::sql`], and the modules below `db`. Under the model
 //! checker `model/session.rs` replaces this module.
 
 mod connection;

@@ -5,7 +5,7 @@
 //! - Nobody can acquire the lock before that moment.
 //! - If somebody has already acquired the lock, the row of this hold is gone. The fence finds no row, and refuses.
 //!
-//! Imports: this room adds methods to `guard::LockGuard` and `storage::PostgresStorage`. Below those it uses `hold`,
+//! Imports: this module adds methods to `guard::LockGuard` and `storage::PostgresStorage`. Below those it uses `hold`,
 //! `error` and `sync`.
 
 pub(crate) mod unlock_in;
@@ -181,7 +181,7 @@ impl LockGuard {
             error => {
                 let is_there = self.find_hold();
                 if is_there == Some(false) {
-                    self.hold.is_not_there();
+                    self.hold.mark_missing();
                 }
                 self.missing_hold_error(is_there, error)
             }

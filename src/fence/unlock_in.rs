@@ -4,7 +4,7 @@
 //! lease isn't refreshed. Only a commit that the server acknowledged counts as a release by itself. After any other
 //! end, the hold is trusted again only when the database says that it is there.
 //!
-//! Imports: as the room's, see [`super`].
+//! Imports: as of this module, see [`super`].
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -134,8 +134,8 @@ impl LockGuard {
         let since = Instant::now();
         self.hold.set_unlocking(Unlocking::Unknown { since, may_be_released });
         match self.find_hold() {
-            Some(true) => self.hold.is_there(since),
-            Some(false) => self.hold.is_not_there(),
+            Some(true) => self.hold.confirm_present(since),
+            Some(false) => self.hold.mark_missing(),
             None => {}
         }
         // Read from the state, because the refresh thread may have been the one that found out.

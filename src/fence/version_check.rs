@@ -1,6 +1,6 @@
 //! The version check: tables in any database that refuse writes under an older version of their lock.
 //!
-//! How the check works is told beside its statements, in `db/sql/version_check.rs`. Imports: as the room's, see
+//! How the check works is told beside its statements, in `db/sql/version_check.rs`. Imports: as of this module, see
 //! [`super`].
 
 use crate::error::Result;

@@ -1,6 +1,6 @@
 //! The loss of a hold, as users see it: a signal to read and to wait for, and a callback.
 //!
-//! Uses the rest of this room, `sync` and `user_code`.
+//! Uses the rest of this module, `sync` and `user_code`.
 
 use std::fmt;
 use std::sync::Arc;

@@ -4,7 +4,7 @@
 //! - A hold is `(lock_id, version, lease_id)`, never an owner's name.
 //! - A hold that is lost stays lost.
 //!
-//! This room may use the value types of `db::answer`, `events`, `error`, `user_code` and `sync`; nothing else of `db`.
+//! This module may use the value types of `db::answer`, `events`, `error`, `user_code` and `sync`; nothing else of `db`.
 
 pub(crate) mod lease;
 pub(crate) mod loss;
@@ -25,8 +25,8 @@ pub(crate) struct Hold {
     pub(crate) refresh_interval: Duration,
     /// The thread that acquired the lock, and may acquire it again.
     thread: ThreadId,
-    /// When this process acquired the lock: by this hold, or by the first of those that led here by hand-overs.
-    pub(crate) in_process_since: Instant,
+    /// When this process acquired the lock. Hand-overs between its threads don't change it.
+    pub(crate) process_acquired_at: Instant,
     /// When the request for this hold was sent.
     pub(crate) began: Instant,
     pub(crate) on_lost: OnLost,
@@ -46,7 +46,7 @@ pub(crate) struct HoldState {
     pub(crate) is_wanted: bool,
     /// The number of a refresh, and its result: how long it took, or why it failed. The refresh thread takes it.
     pub(crate) answer: Option<(u64, Result<Duration>)>,
-    /// The event of the beginning was sent, and that of the end, a loss or a release, was not.
+    /// `Event::Acquired` was sent, and neither `Lost` nor `Released` has been sent yet.
     pub(crate) owes_end_event: bool,
     pub(crate) unlocking: Unlocking,
 }
@@ -94,7 +94,7 @@ impl HoldState {
     }
 
     /// The database said that the hold isn't there, and no transaction is open that releases it.
-    fn is_not_there(&mut self, now: Instant) {
+    fn mark_missing(&mut self, now: Instant) {
         // After the deadline there is another possible reason: the transaction was rolled back, and the lease ran out.
         if matches!(self.unlocking, Unlocking::Unknown { may_be_released: true, .. }) && self.lease.is_held(now) {
             self.unlocking = Unlocking::Done;
@@ -112,14 +112,14 @@ impl HoldState {
 }
 
 impl Hold {
-    /// A hold that was just granted to `thread`. The process has had the lock since `in_process_since`.
+    /// A hold that was just granted to `thread`. The process has had the lock since `process_acquired_at`.
     pub(crate) fn new(
         claim: Claim,
         granted: Granted,
         refresh_interval: Duration,
         on_lost: OnLost,
         thread: ThreadId,
-        in_process_since: Instant,
+        process_acquired_at: Instant,
     ) -> Hold {
         let lease = Lease::new(granted.sent, granted.left, claim.lease);
         let state = HoldState {
@@ -136,7 +136,7 @@ impl Hold {
             version: granted.version,
             refresh_interval,
             thread,
-            in_process_since,
+            process_acquired_at,
             began: granted.sent,
             on_lost,
             state: Mutex::new(state),
@@ -163,7 +163,7 @@ impl Hold {
     }
 
     /// Adds a guard if the same owner asks on the same thread, and the hold is trusted.
-    pub(crate) fn enter_again(&self, owner_id: &str) -> bool {
+    pub(crate) fn reenter(&self, owner_id: &str) -> bool {
         if self.claim.owner_id != owner_id || self.thread != thread::current().id() {
             return false;
         }
@@ -193,7 +193,7 @@ impl Hold {
             }
             // The hold was released meanwhile, or is about to be: that is no loss.
             Ok(None) if state.guards == 0 || matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) => return,
-            Ok(None) => state.is_not_there(now),
+            Ok(None) => state.mark_missing(now),
             Err(_) => {}
         }
         // The answer to an older attempt doesn't replace an unread answer to a newer one.
@@ -205,16 +205,16 @@ impl Hold {
 
     /// The database told a guard that the hold isn't there. While a transaction is open that releases the hold, nothing
     /// changes: the end of the transaction decides.
-    pub(crate) fn is_not_there(&self) {
+    pub(crate) fn mark_missing(&self) {
         let mut state = self.state();
         if !matches!(state.unlocking, Unlocking::Pending | Unlocking::Done) {
-            state.is_not_there(Instant::now());
+            state.mark_missing(Instant::now());
         }
         self.changed.notify_all();
     }
 
     /// The database told a guard that the hold is there. The guard asked after the transaction had ended, at `ended`.
-    pub(crate) fn is_there(&self, ended: Instant) {
+    pub(crate) fn confirm_present(&self, ended: Instant) {
         let mut state = self.state();
         // The refresh thread may have found this out before, and another transaction may have begun since.
         if matches!(state.unlocking, Unlocking::Unknown { since, .. } if since == ended) {
@@ -229,7 +229,8 @@ impl Hold {
         self.changed.notify_all();
     }
 
-    /// Removes a guard, and says whether it was the last one. After the last one the refresh thread stops immediately.
+    /// Removes a guard, and says whether it was the last one. After the last one the refresh thread stops immediately,
+    /// unless it has a loss to report.
     pub(crate) fn leave(&self) -> bool {
         let mut state = self.state();
         let is_lost = state.is_lost(Instant::now());

@@ -1,4 +1,4 @@
-//! The settings of one lock. Imports: as the room's, see [`super`].
+//! The settings of one lock. Imports: as of this module, see [`super`].
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! The settings of a storage: the server, the table and the connections. Imports: as the room's, see [`super`].
+//! The settings of a storage: the server, the table and the connections. Imports: as of this module, see [`super`].
 
 use std::fmt;
 

@@ -1,7 +1,8 @@
 //! One attempt to acquire a lock, with a deadline.
 //!
 //! Invariants:
-//! - A claim is sent once. If its answer is lost, the clean-up gets the claim, and the next try makes a new one.
+//! - A claim is never sent again, unless the database has answered that it took nothing. If its answer is lost, the
+//!   clean-up gets the claim, and the next try makes a new one.
 //! - A hold that comes too late for its caller, or whose answer used up too much of its lease, is released.
 //!
 //! Uses `hold::lease`, `db`, and the modules below them.
@@ -130,7 +131,7 @@ impl PostgresStorage {
         // Only a late hold is released here. The caller that gave up hands its entry in the row to the clean-up.
         let late = move |session: &mut Session, attempt: InTime| {
             if let Ok(Attempt::Taken { claim, granted, .. }) = attempt {
-                storage.undo(session, &sql, claim, granted);
+                storage.release_late_hold(session, &sql, claim, granted);
             }
         };
         let describe = claim.lock_id.clone();
@@ -141,7 +142,7 @@ impl PostgresStorage {
     }
 
     /// Releases a hold that a call was granted too late for its caller.
-    pub(super) fn undo(&self, session: &mut Session, sql: &Sql, claim: Claim, granted: Granted) {
+    pub(super) fn release_late_hold(&self, session: &mut Session, sql: &Sql, claim: Claim, granted: Granted) {
         log_at!(debug, "lock {:?} was taken too late, and is released", claim.lock_id);
         if session.release(sql, &claim, Some(granted.version), None, false).is_err() {
             self.clean_up(Unfinished::hold(claim, granted.version, Instant::now()));

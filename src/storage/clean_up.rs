@@ -6,7 +6,7 @@
 //! adds its claim here immediately, while the call itself may still be stuck.
 //!
 //! The clean-up of a claim ends at the first of these:
-//! - the database has confirmed the release;
+//! - the database has said that the hold is released, or, if its version is known, that it isn't there;
 //! - the claim has expired, and no acquire of the lock is about to commit;
 //! - the lease has run out by itself;
 //! - ten minutes have passed.
@@ -31,7 +31,7 @@ use crate::sync::{Condvar, Instant, Mutex, lock, thread, wait_until};
 use crate::user_code::{self, log_at};
 
 /// How long to go on after a claim has expired, because the two clocks may differ.
-const SLACK: Duration = Duration::from_secs(1);
+const CLOCK_SLACK: Duration = Duration::from_secs(1);
 /// The pauses between two looks for something that may yet happen grow from the shortest to the longest.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -62,8 +62,8 @@ pub(crate) enum Work {
 pub(crate) enum Outcome {
     /// The hold was there, and is released.
     Undone,
-    /// The hold or the row entry isn't there.
-    NotThere,
+    /// Nothing is left to undo now.
+    NothingLeft,
     Failed,
 }
 
@@ -91,9 +91,9 @@ impl Unfinished {
         let (is_done, ends) = match &self.work {
             Work::Hold { claim, .. } => (outcome != Outcome::Failed, self.since + claim.lease.min(LONGEST)),
             Work::Acquire { claim } => {
-                let is_over = now >= claim.expires + SLACK;
-                let is_done = outcome == Outcome::Undone || outcome == Outcome::NotThere && is_over;
-                (is_done, claim.expires + SLACK + claim.lease.min(LONGEST))
+                let is_over = now >= claim.expires + CLOCK_SLACK;
+                let is_done = outcome == Outcome::Undone || outcome == Outcome::NothingLeft && is_over;
+                (is_done, claim.expires + CLOCK_SLACK + claim.lease.min(LONGEST))
             }
             Work::RowEntry { until, .. } => (outcome != Outcome::Failed && now >= *until, longest),
         };
@@ -112,7 +112,7 @@ impl Unfinished {
     }
 
     /// The order of work that is due: the least goes first.
-    fn urgency(&self) -> impl Ord + use<> {
+    fn order(&self) -> impl Ord + use<> {
         (matches!(self.work, Work::RowEntry { .. }), self.failures, self.next)
     }
 
@@ -166,7 +166,7 @@ impl CleanUps {
         loop {
             let now = Instant::now();
             let due = (0_usize..).zip(&state.unfinished).filter(|(_, unfinished)| unfinished.next <= now);
-            let most_urgent = due.max_by_key(|(_, unfinished)| Reverse(unfinished.urgency())).map(|(at, _)| at);
+            let most_urgent = due.max_by_key(|(_, unfinished)| Reverse(unfinished.order())).map(|(at, _)| at);
             if let Some(at) = most_urgent {
                 let unfinished = state.unfinished.swap_remove(at);
                 drop(state);
@@ -192,7 +192,7 @@ impl PostgresStorage {
 
     /// Removes this process from a lock's row, unless one of its threads waits for the lock again.
     fn withdraw(&self, lock_id: &str) -> Result<()> {
-        if self.queues().take_over_row_entry(lock_id) {
+        if self.queues().keep_row_entry(lock_id) {
             return Ok(());
         }
         let (sql, waiter) = (Arc::clone(&self.inner.sql), self.inner.listener.waiter);
@@ -225,7 +225,7 @@ impl PostgresStorage {
     fn try_to_undo(&self, work: &Work) -> Outcome {
         let (claim, version) = match work {
             Work::RowEntry { lock_id, .. } => {
-                return self.withdraw(lock_id).map_or(Outcome::Failed, |()| Outcome::NotThere);
+                return self.withdraw(lock_id).map_or(Outcome::Failed, |()| Outcome::NothingLeft);
             }
             Work::Hold { claim, version } => (claim, Some(*version)),
             Work::Acquire { claim } => (claim, None),
@@ -240,7 +240,7 @@ impl PostgresStorage {
             // doesn't see that. Only the last attempts ask for it, because the question locks the row for a moment.
             let is_last = version.is_none() && claim.expires <= Instant::now();
             let is_settled = !is_last || session.is_settled(&sql, &claim.lock_id)?;
-            Ok(if is_settled { Outcome::NotThere } else { Outcome::Failed })
+            Ok(if is_settled { Outcome::NothingLeft } else { Outcome::Failed })
         };
         let action = move || format!("release lock {describe:?}");
         let deadline = Instant::now() + RELEASE_TIME;

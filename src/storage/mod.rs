@@ -4,7 +4,7 @@
 //! - Every operation has a deadline.
 //! - In a forked process no operation locks a mutex: a thread that the child doesn't have may hold it.
 //!
-//! This room may use `wait`, `options`, `hold`, `db`, and the modules below them.
+//! This module may use `wait`, `options`, `hold`, `db`, and the modules below them.
 
 pub(crate) mod acquire;
 pub(crate) mod clean_up;

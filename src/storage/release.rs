@@ -85,7 +85,7 @@ impl PostgresStorage {
         let (storage, sql, owned) = (self.clone(), Arc::clone(&self.inner.sql), claim.clone());
         let late = move |session: &mut Session, granted: Option<Granted>| {
             if let Some(granted) = granted {
-                storage.undo(session, &sql, owned, granted);
+                storage.release_late_hold(session, &sql, owned, granted);
             }
         };
         let describe = claim.lock_id.clone();

@@ -52,19 +52,20 @@ pub(super) struct WaitQueue {
     /// When this process may take the lock, because the processes before it in the row were notified. The first entry
     /// is for its own statement that notified them. The second entry is for a statement of somebody else (a release,
     /// or a waiter behind this process), which a notification reported. Neither entry replaces the other.
-    pub(super) dues: [Option<Due>; 2],
-    /// Somebody was seen to hold the lock. So whoever is in the queue waits, and makes no first attempt any more.
+    pub(super) overtakes: [Option<Overtake>; 2],
+    /// An attempt of this queue found the lock busy, or this process held it. Before that, a failed attempt ends a
+    /// wait. After that, a transient error doesn't.
     pub(super) is_busy: bool,
     /// The row lists this process as a waiter, or may list it.
     pub(super) is_in_row: bool,
-    /// When the first of the attempts began that have failed since the last answer.
+    /// The start of the first failed attempt after the last answer.
     pub(super) unreachable_since: Option<Instant>,
 }
 
 /// From `at` on, this process may take the lock if the lock is free in this version. By then, the processes before it
 /// in the row have had their time.
 #[derive(Clone, Copy)]
-pub(super) struct Due {
+pub(super) struct Overtake {
     pub(super) version: i64,
     pub(super) at: Instant,
 }
@@ -107,9 +108,9 @@ impl Waiter {
 
     /// The hold that the database granted to this waiter, or that `before` handed to it.
     pub(crate) fn hold(&self, claim: Claim, granted: Granted, before: Option<&Hold>) -> Arc<Hold> {
-        let in_process_since = before.map_or(granted.sent, |before| before.in_process_since);
+        let process_acquired_at = before.map_or(granted.sent, |before| before.process_acquired_at);
         let (interval, on_lost) = (self.lock.refresh_interval(), self.lock.on_lost.clone());
-        Arc::new(Hold::new(claim, granted, interval, on_lost, self.thread, in_process_since))
+        Arc::new(Hold::new(claim, granted, interval, on_lost, self.thread, process_acquired_at))
     }
 }
 
@@ -133,7 +134,7 @@ impl WaitQueue {
             asking: None,
             polls: 0,
             seen_version: None,
-            dues: [None; 2],
+            overtakes: [None; 2],
             is_busy: false,
             is_in_row: false,
             unreachable_since: None,
@@ -183,7 +184,7 @@ impl WaitQueue {
         self.mark_busy();
     }
 
-    /// Records that somebody holds the lock. Waiters whose limit ended before may give up now.
+    /// Records that the lock is not free for us. Waiters whose limit ended before may give up now.
     pub(super) fn mark_busy(&mut self) {
         if !std::mem::replace(&mut self.is_busy, true) {
             self.waiters.iter().for_each(|waiter| waiter.wake.notify_one());
@@ -196,10 +197,10 @@ impl WaitQueues {
         WaitQueues { by_lock: Mutex::default(), health }
     }
 
-    /// The hold of this process that this thread may enter again as this owner, if there is one.
-    pub(crate) fn enter_again(&self, lock_id: &str, owner_id: &str) -> Option<Arc<Hold>> {
+    /// Adds a guard to this process's hold, if this thread holds the lock as this owner.
+    pub(crate) fn reenter(&self, lock_id: &str, owner_id: &str) -> Option<Arc<Hold>> {
         let queues = lock(&self.by_lock);
-        queues.get(lock_id)?.hold.as_ref().filter(|hold| hold.enter_again(owner_id)).cloned()
+        queues.get(lock_id)?.hold.as_ref().filter(|hold| hold.reenter(owner_id)).cloned()
     }
 
     /// A hold began without waiting.
@@ -234,18 +235,18 @@ impl WaitQueues {
         else {
             return Successor::Unknown;
         };
-        // From now on, a notification is about the time after this hold.
+        // Drops the old time. From now on, only new events make the head ask soon.
         queue.ask_at = Instant::now() + longest_sleep(0);
         let Some(head) = queue.waiters.front() else { return Successor::Nobody };
-        if !hold.state().is_wanted || hold.in_process_since.elapsed() < LOCAL_HAND_OVER_TIME {
+        if !hold.state().is_wanted || hold.process_acquired_at.elapsed() < LOCAL_HAND_OVER_TIME {
             Successor::Waiter(Arc::clone(head))
         } else {
             Successor::Others
         }
     }
 
-    /// Gives a waiter the hold that was handed to it. Returns false if the waiter has left: then the caller has to end
-    /// the hold.
+    /// Gives `hold` to `waiter`, if the waiter is still the head. Returns false if it has left: then the caller has to
+    /// end the hold.
     pub(crate) fn hand(&self, waiter: &Arc<Waiter>, hold: &Arc<Hold>) -> bool {
         let mut queues = lock(&self.by_lock);
         let queue = queues.entry(hold.claim.lock_id.clone()).or_insert_with(|| WaitQueue::new(Instant::now()));
@@ -267,10 +268,10 @@ impl WaitQueues {
     /// head also asks without notifications.
     pub(crate) fn notified(&self, lock_id: &str, delay: Duration, notified_version: Option<i64>) {
         if let (Some(queue), Some(at)) = (lock(&self.by_lock).get_mut(lock_id), Instant::now().checked_add(delay)) {
-            let [_, notified] = &mut queue.dues;
+            let [_, notified] = &mut queue.overtakes;
             // A second notification of the same version doesn't move the time of the first.
             if notified.is_none_or(|due| Some(due.version) != notified_version) {
-                *notified = notified_version.map(|version| Due { version, at }).or(*notified);
+                *notified = notified_version.map(|version| Overtake { version, at }).or(*notified);
             }
             queue.ask_by(at);
         }
@@ -296,7 +297,7 @@ impl WaitQueues {
     }
 
     /// Whether a thread waits for this lock. If so, it takes over the entry that the process may have in the row.
-    pub(crate) fn take_over_row_entry(&self, lock_id: &str) -> bool {
+    pub(crate) fn keep_row_entry(&self, lock_id: &str) -> bool {
         let mut queues = lock(&self.by_lock);
         let waiting = queues.get_mut(lock_id).filter(|queue| !queue.waiters.is_empty());
         waiting.map(|queue| queue.is_in_row = true).is_some()

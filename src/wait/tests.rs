@@ -325,7 +325,7 @@ fn an_older_hold_does_not_hide_a_newer_one() {
     let (old, new) = (hold(5, LONG), hold(7, LONG));
     queues.begin_hold(&new);
     queues.begin_hold(&old);
-    assert_eq!(queues.enter_again("l", "o").expect("the newer one is entered again").version, 7);
+    assert_eq!(queues.reenter("l", "o").expect("the newer one is entered again").version, 7);
 }
 
 #[test]
@@ -338,7 +338,7 @@ fn a_hold_that_nobody_took_up_is_not_entered_again() {
     second.leave(false);
     assert!(!queues.hand(&head, &handed));
     // This is the thread and the owner for which the hold was meant.
-    assert!(queues.enter_again("l", "o").is_none());
+    assert!(queues.reenter("l", "o").is_none());
 }
 
 #[test]

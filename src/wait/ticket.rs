@@ -17,7 +17,7 @@ use crate::options::LockOptions;
 use crate::sync::{Condvar, Instant, lock, thread, wait_until};
 use crate::user_code::log_at;
 use crate::wait::limit::{SLACK, WaitLimit, random_fraction, with_slack};
-use crate::wait::queue::{Asking, Due, WaitQueue, WaitQueues, Waiter};
+use crate::wait::queue::{Asking, Overtake, WaitQueue, WaitQueues, Waiter};
 
 /// What a waiter does next.
 pub(crate) enum NextStep {
@@ -129,7 +129,8 @@ impl Ticket<'_> {
         Reachability { last_answer, unreachable_since }
     }
 
-    /// Without a limit, a waiter gives up after a lease without the database. Returns when that will be.
+    /// A waiter without a limit that has not asked yet gives up when the database has been unreachable for one lease.
+    /// Returns when that will be.
     fn give_up_if_unreachable(
         &self,
         reachability: &Reachability,
@@ -161,15 +162,15 @@ impl Ticket<'_> {
             None if queue.ask_at <= now => {
                 self.last_asked.set(Some(now));
                 queue.asking = Some(Asking { since: now, ask_again_at: None });
-                let due = queue.dues.iter().flatten().find(|due| due.at <= now);
+                let due = queue.overtakes.iter().flatten().find(|due| due.at <= now);
                 Break(NextStep::Ask(due.map(|due| due.version)))
             }
             None => Continue(Some(queue.ask_at)),
         }
     }
 
-    /// After the end of its limit, a waiter asks once more, if there is time for it. Then it doesn't ask any more,
-    /// whatever notifications come.
+    /// After its limit, a waiter asks at most once more, whatever notifications come. A waiter that has asked before
+    /// does so only until [`SLACK`] is over.
     fn may_ask(&self, limit: &WaitLimit, now: Instant) -> bool {
         let late = with_slack(limit.end(now));
         !(limit.is_over(now) && self.last_asked.get().is_some_and(|asked| limit.is_over(asked) || now >= late))
@@ -221,9 +222,11 @@ impl Ticket<'_> {
         }
         // The jitter keeps the waiting processes from asking simultaneously.
         let sleep = busy.map(|busy| busy.sleep(1.0 - random_fraction() / 4.0));
-        let [ours, _] = &mut queue.dues;
-        let due =
-            busy.and_then(Busy::notified_version).zip(sleep).map(|(version, sleep)| Due { version, at: now + sleep });
+        let [ours, _] = &mut queue.overtakes;
+        let due = busy
+            .and_then(Busy::notified_version)
+            .zip(sleep)
+            .map(|(version, sleep)| Overtake { version, at: now + sleep });
         // An event may make us ask sooner, and notify the processes before us again. Our own time stays where it was.
         *ours = due.map(|due| ours.filter(|before| before.version == due.version).unwrap_or(due));
         match (busy, sleep) {
@@ -233,8 +236,8 @@ impl Ticket<'_> {
         }
     }
 
-    /// Asking failed. Returns the error if it ends the wait: at the first attempt, if the error isn't transient, and
-    /// when the limit is over. A limit without an end is over after a lease without an answer.
+    /// Asking failed. Returns the error if it ends the wait: it was the first attempt, or the error isn't transient, or
+    /// the limit is over. `Forever` is over after one lease without an answer.
     pub(crate) fn failed(&self, failed: Failed, asked: Instant, limit: &WaitLimit) -> Result<()> {
         let Failed { error, is_unknown, .. } = failed;
         let now = Instant::now();

@@ -1,4 +1,4 @@
-//! The hosts of a configuration, and their addresses. Uses no other room.
+//! The hosts of a configuration, and their addresses. Uses no other module.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -115,8 +115,8 @@
 //!
 //! # Late copies
 //!
-//! A late copy of an acquire must not take the lock for nobody. A claim is sent again only after an answer that it took
-//! nothing. Its statement does nothing after an instant of the database's clock, so that the clean-up
+//! A delayed copy of an acquire must not take the lock after its caller has gone. A claim is sent again only after an
+//! answer that it took nothing. Its statement does nothing after an instant of the database's clock, so that the clean-up
 //! (`storage::clean_up`) knows when to stop.
 //!
 //! ```text
@@ -242,9 +242,9 @@ impl Prepared {
         text: impl FnOnce(&str) -> String,
     ) -> Prepared {
         let name = format!("{operation} {table}");
-        let place = format!("pg_backend_pid() || {}", literal(&format!(" {name}")));
-        let text = text(&format!("coalesce({parameter}::text, {place}) = {place}"));
-        // The statement counts the results, whichever of the two functions it calls.
+        let expected = format!("pg_backend_pid() || {}", literal(&format!(" {name}")));
+        let text = text(&format!("coalesce({parameter}::text, {expected}) = {expected}"));
+        // `concat` takes the same arguments as `pg_notify`, and sends nothing.
         let silent = text.replace("pg_catalog.pg_notify(", "pg_catalog.concat(");
         Prepared { text, silent, name, types }
     }

@@ -85,7 +85,7 @@ pub(crate) const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// After so many failures in a row to open a further connection, a line is logged: those that are open may be dead.
 const WARN_AFTER: u32 = 3;
-/// How often one copy of a call is made when its connections break, the first time included.
+/// How many times one copy of a call is made when its connections break, the first time included.
 pub(crate) const MAX_TRIES: u32 = 3;
 /// A call that has had no answer for so long may be tried on another connection.
 const SILENCE: Duration = Duration::from_secs(2);
@@ -102,7 +102,7 @@ pub(crate) enum Urgency {
     Ordinary,
 }
 
-/// How often a call may be made.
+/// How many times a call may be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tries {
     /// Once, because a second time would have another effect. The call is given up when it has been silent for
@@ -305,7 +305,7 @@ impl Workers {
         }
     }
 
-    /// Wakes a worker, or starts more of them for what is queued, up to the limit. Called when a task comes, and when
+    /// Wakes a worker, and starts more of them for what is queued, up to the limit. Called when a task comes, and when
     /// one turns out to be late.
     pub(crate) fn add_workers(&self) {
         self.shared.wake.notify_one();

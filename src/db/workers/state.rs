@@ -24,8 +24,9 @@ pub(super) struct State {
     pub(super) unreported: Vec<FailedOpening>,
     /// When the last opening began.
     pub(super) last_opening: Option<Instant>,
-    /// How often in a row no connection could be opened beside those that work, and when to try again.
+    /// How many times in a row no connection could be opened beside those that work.
     pub(super) failures: u32,
+    /// When to try again after these failures.
     pub(super) open_again_at: Option<Instant>,
     pub(super) is_closed: bool,
 }
@@ -39,8 +40,8 @@ pub(super) enum WorkerState {
     Call { urgency: Urgency, since: Instant, late_at: Instant },
 }
 
-/// An attempt to open a connection that failed. A task that waited for it gets the error, unless one of the connections
-/// opens that were being opened when this one failed.
+/// An attempt to open a connection that failed. A task that waited for it gets the error, once every opening that was
+/// under way at that moment has failed too, or takes long. Until then the attempt counts as an opening.
 pub(super) struct FailedOpening {
     pub(super) error: Error,
     pub(super) began: Instant,
@@ -55,9 +56,10 @@ pub(super) struct Count {
     /// Those that have been opening their connections for long.
     pub(super) slow: u32,
     pub(super) idle: usize,
+    /// Those in calls that are not late yet.
     pub(super) in_calls: usize,
     pub(super) in_ordinary_calls: usize,
-    /// Those that got stuck after the last success.
+    /// Stuck workers whose call or opening began after the last success.
     pub(super) stuck: usize,
 }
 
@@ -142,7 +144,7 @@ impl State {
         // On a slow network openings take long. The more of them do, the more rarely another one begins.
         let pause = OPENING_TIME * count.slow.saturating_mul(count.slow);
         let is_due = is_due && self.last_opening.is_none_or(|last| now.duration_since(last) >= pause);
-        // `count.stuck` leaves out the workers that got stuck before the last success. Some of those stay stuck for
+        // `count.stuck` leaves out the workers whose call began before the last success. Some of those stay stuck for
         // ever. When there are too many of them, one more is started from time to time only.
         let are_many = self.workers.len() >= max_live + stuck::MAX;
         let stuck = if are_many { count.stuck.max(stuck::BURST) } else { count.stuck };

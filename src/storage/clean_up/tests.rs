@@ -30,11 +30,11 @@ fn acquire(now: Instant) -> Unfinished {
 #[test]
 fn a_claim_is_looked_for_for_as_long_as_its_statement_may_take_effect() {
     let now = Instant::now();
-    assert!(hold(now).after(Outcome::NotThere, now).is_none());
-    let again = acquire(now).after(Outcome::NotThere, now).expect("again");
+    assert!(hold(now).after(Outcome::NothingLeft, now).is_none());
+    let again = acquire(now).after(Outcome::NothingLeft, now).expect("again");
     assert!(again.next > now);
-    assert!(again.clone().after(Outcome::NotThere, now + CLAIM_LIFE).is_some());
-    assert!(again.after(Outcome::NotThere, now + CLAIM_LIFE + SLACK).is_none());
+    assert!(again.clone().after(Outcome::NothingLeft, now + CLAIM_LIFE).is_some());
+    assert!(again.after(Outcome::NothingLeft, now + CLAIM_LIFE + CLOCK_SLACK).is_none());
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn failures_are_repeated_until_the_lease_has_run_out() {
     assert!(hold(now).after(Outcome::Failed, now + Duration::from_secs(299)).is_some());
     assert!(hold(now).after(Outcome::Failed, now + Duration::from_secs(300)).is_none());
     // An acquire that happened late has its full lease from then on.
-    let lasts = CLAIM_LIFE + SLACK + Duration::from_secs(300);
+    let lasts = CLAIM_LIFE + CLOCK_SLACK + Duration::from_secs(300);
     assert!(acquire(now).after(Outcome::Failed, now + lasts - Duration::from_millis(1)).is_some());
     assert!(acquire(now).after(Outcome::Failed, now + lasts).is_none());
     assert!(acquire(now).after(Outcome::Undone, now).is_none());
@@ -53,13 +53,13 @@ fn failures_are_repeated_until_the_lease_has_run_out() {
 fn a_place_in_a_row_is_given_up_once_and_failures_are_repeated() {
     let now = Instant::now();
     let entry = |until| Unfinished::row_entry("l", until, now);
-    assert!(entry(now).after(Outcome::NotThere, now).is_none());
+    assert!(entry(now).after(Outcome::NothingLeft, now).is_none());
     assert!(entry(now).after(Outcome::Failed, now + Duration::from_secs(599)).is_some());
     assert!(entry(now).after(Outcome::Failed, now + LONGEST).is_none());
     // A late copy of the request may yet put the process into the row.
     let later = now + CLAIM_LIFE;
     assert!(entry(later).after(Outcome::Undone, now).is_some());
-    assert!(entry(later).after(Outcome::NotThere, later).is_none());
+    assert!(entry(later).after(Outcome::NothingLeft, later).is_none());
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn whatever_number_is_left_all_of_it_is_tried_and_places_of_a_lock_are_one() {
     clean_ups.run(|work| {
         let (entries, holds) = &mut *tried.borrow_mut();
         *(if matches!(work, Work::RowEntry { .. }) { entries } else { holds }) += 1;
-        Outcome::NotThere
+        Outcome::NothingLeft
     });
     assert_eq!(tried.into_inner(), (1_500, 3_000));
 }
@@ -109,7 +109,7 @@ proptest! {
     ) {
         let start = Instant::now();
         let claim = Claim { lease, ..claim(start) };
-        let expires = claim.expires + SLACK;
+        let expires = claim.expires + CLOCK_SLACK;
         let mut left =
             if is_hold { Unfinished::hold(claim, 7, start) } else { Unfinished::acquire(claim, start) };
         let ends = start + if is_hold { lease } else { lease.saturating_add(expires - start) }.min(LONGEST);
@@ -118,11 +118,11 @@ proptest! {
             now = now.max(left.next) + Duration::from_millis(took);
             let outcome = match outcome {
                 0 if took < 10 => Outcome::Undone,
-                1 => Outcome::NotThere,
+                1 => Outcome::NothingLeft,
                 _ => Outcome::Failed,
             };
             let is_over = outcome == Outcome::Undone
-                || outcome == Outcome::NotThere && (is_hold || now >= expires)
+                || outcome == Outcome::NothingLeft && (is_hold || now >= expires)
                 || now >= ends;
             let Some(again) = left.after(outcome, now) else {
                 prop_assert!(is_over, "{:?} after {:?}", outcome, now - start);
