@@ -4,7 +4,8 @@
 //! - A hold is `(lock_id, version, lease_id)`, never an owner's name.
 //! - A hold that is lost stays lost.
 //!
-//! This module may use the value types of `db::answer`, `events`, `error`, `user_code` and `sync`; nothing else of `db`.
+//! This module may use the value types of `db::answer`, `events`, `error`, `user_code` and `sync`; nothing else of
+//! `db`.
 
 pub(crate) mod lease;
 pub(crate) mod loss;

@@ -18,7 +18,7 @@ use crate::support::server::Server;
 use crate::support::{Table, eventually, is_refreshed, ms, short_lock, takes_at_most, waits_for};
 
 /// Nobody waits for so long where one of the first is alive, and nothing else is hurt. What is promised is less.
-const SOON: Duration = Duration::from_secs(1);
+const SOON: Duration = Duration::from_secs(2);
 /// A look every 5 s, and what follows it.
 const LOOK: Duration = Duration::from_secs(7);
 /// Far more patience than any of these bounds: its end is one more look.
@@ -601,7 +601,7 @@ fn kill_holder(table: &Table, holder: &mut Process) -> Dead {
     Dead { version: row.version, expiry: row.lease_expire_time }
 }
 
-/// A hold of a minute is followed by one of a second, whose holder dies.
+/// A hold of a minute is followed by one of three seconds, whose holder dies.
 #[test]
 fn a_hold_with_a_shorter_lease_is_taken_over_when_that_has_run_out() {
     // Who stands in the row, and how late the live one may be.

@@ -16,9 +16,9 @@ fn five_hundred_locks_are_held_for_three_leases_with_four_connections() {
     let dsn = format!("{} application_name={}", table.dsn, table.name);
     let storage =
         storage_lock::PostgresStorage::new(Table::of(&dsn, &table.name).options().max_connections(4)).unwrap();
-    let lease = ms(4_000);
+    let lease = ms(8_000);
     let guards: Vec<LockGuard> =
-        (0..500).map(|n| short_lock(&storage, &format!("l{n}"), lease, ms(1_000)).lock("worker").unwrap()).collect();
+        (0..500).map(|n| short_lock(&storage, &format!("l{n}"), lease, ms(2_000)).lock("worker").unwrap()).collect();
     let mut client = table.client();
     let end = Instant::now() + 3 * lease;
     let mut seen = Vec::new();

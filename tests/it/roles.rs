@@ -356,7 +356,7 @@ fn wait(table: &Table, lock_id: &str) {
 fn hand_to_a_shorter_lease(table: &Table, lock_id: &str) {
     let storage = table.storage();
     let long = short_lock(&storage, lock_id, ms(60_000), ms(20_000));
-    let short = short_lock(&storage, lock_id, ms(1_000), ms(300));
+    let short = short_lock(&storage, lock_id, ms(3_000), ms(1_000));
     let guard = long.lock("long").expect("lock");
     let handed = waiting_thread(move || {
         let guard = short.lock("short").expect("lock");
@@ -370,9 +370,9 @@ fn hand_to_a_shorter_lease(table: &Table, lock_id: &str) {
     wait_for_parent();
 }
 
-/// Takes a lock with a lease of a second as soon as it can.
+/// Takes a lock with a lease of three seconds as soon as it can.
 fn take_with_a_shorter_lease(table: &Table, lock_id: &str, how: &str) {
-    let lock = table.short_lock(lock_id, ms(1_000), ms(300));
+    let lock = table.short_lock(lock_id, ms(3_000), ms(1_000));
     assert!(lock.try_lock("short").expect("try_lock").is_none());
     say("ready");
     let _guard = if how == "lock" {

@@ -116,8 +116,8 @@
 //! # Late copies
 //!
 //! A delayed copy of an acquire must not take the lock after its caller has gone. A claim is sent again only after an
-//! answer that it took nothing. Its statement does nothing after an instant of the database's clock, so that the clean-up
-//! (`storage::clean_up`) knows when to stop.
+//! answer that it took nothing. Its statement does nothing after an instant of the database's clock, so that the
+//! clean-up (`storage::clean_up`) knows when to stop.
 //!
 //! ```text
 //! A gives up an acquire that is stuck in the network:

@@ -158,8 +158,10 @@ impl<'a> Judge<'a> {
             let earlier = of_lock.entry((operation.process, lock)).or_default();
             if let Some((end, Outcome::Busy)) = operation.end {
                 // It was taken and given back before, and nothing has hurt its user since.
+                let was_released =
+                    |release: &Operation| matches!(release.outcome(), Some(Outcome::Done | Outcome::RolledBack));
                 let is_free = matches!(earlier.as_slice(), [.., acquire, release]
-                    if acquire.taken().is_some() && matches!(release.outcome(), Some(Outcome::Done | Outcome::RolledBack)));
+                    if acquire.taken().is_some() && was_released(release));
                 let since = earlier.iter().rev().nth(1).map_or(end, |acquire| acquire.begin);
                 let was_hurt = self.faults_of(operation.process).any(|fault| {
                     fault.kind != Kind::LostAnswer && fault.kind.hurts_calls() && fault.end > since && fault.begin < end
