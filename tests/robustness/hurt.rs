@@ -599,6 +599,8 @@ fn hurt_network(proxy: &Proxy, planned: &Planned) {
             thread::sleep(planned.lasts);
             proxy.delay_requests(ms(0));
             proxy.delay_answers(ms(0));
+            // What is on its way takes as long as it would have.
+            thread::sleep(requests.max(answers));
         }
         Hurt::Fade { answers } => {
             proxy.delay_answers(answers);
