@@ -140,7 +140,31 @@ pub(crate) fn chain(first: &(dyn std::error::Error + 'static)) -> String {
 
 /// Whether an attempt to open a connection may succeed a little later, after it failed for this cause.
 pub(crate) fn is_passing_cause(cause: &(dyn std::error::Error + 'static)) -> bool {
-    cause.downcast_ref().is_none_or(is_passing_error)
+    let mut causes = std::iter::successors(Some(cause), |cause| cause.source());
+    causes.find_map(|cause| cause.downcast_ref()).is_none_or(is_passing_error)
+}
+
+/// A server that can't be written to, until it is promoted.
+#[derive(Debug, thiserror::Error)]
+#[error("this server is a standby: locks are kept on the primary")]
+pub(crate) struct Standby;
+
+/// A server that lets nobody in without encryption, and what may help.
+#[derive(Debug, thiserror::Error)]
+#[error("the server wants an encrypted connection, which takes {hint}")]
+pub(crate) struct Encryption {
+    pub(crate) hint: &'static str,
+    pub(crate) source: Cause,
+}
+
+/// Whether a server refused a connection because it was not encrypted.
+pub(crate) fn wants_encryption(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let said = cause.downcast_ref::<postgres::Error>().and_then(postgres::Error::as_db_error);
+    said.is_some_and(|said| {
+        *said.code() == SqlState::INVALID_AUTHORIZATION_SPECIFICATION
+            // The second one is said by PostgreSQL 13 and before.
+            && (said.message().contains("no encryption") || said.message().contains("SSL off"))
+    })
 }
 
 fn is_passing_error(error: &postgres::Error) -> bool {

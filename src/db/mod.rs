@@ -9,8 +9,10 @@ pub(crate) mod connections;
 pub(crate) mod health;
 #[cfg(not(all(test, shuttle)))]
 pub(crate) mod route;
+pub(crate) mod server;
 #[cfg_attr(all(test, shuttle), path = "../model/session.rs")]
 pub(crate) mod session;
 pub(crate) mod sql;
 pub(crate) mod stuck;
+pub(crate) mod tls;
 pub(crate) mod workers;

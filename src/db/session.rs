@@ -36,7 +36,7 @@ use self::rows::{acquire_row, found, lock_information, time_left};
 use crate::db::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation, RowWaiter};
 use crate::db::route::Route;
 use crate::db::sql::{self, Sql};
-use crate::error::is_serialization_failure;
+use crate::error::{Cause, Standby, is_serialization_failure};
 
 pub(crate) struct Session {
     client: Client,
@@ -61,8 +61,11 @@ impl Session {
         with_options: bool,
         route: Arc<Route>,
         generation: usize,
-    ) -> Result<Session, postgres::Error> {
+    ) -> Result<Session, Cause> {
         let row = client.query_typed_one(sql::SESSION, &[])?;
+        if row.try_get(3)? {
+            return Err(Standby.into());
+        }
         let (is_direct, time) = (row.try_get::<_, Option<bool>>(1)? == Some(true), row.try_get(2)?);
         if with_options && !is_direct {
             route.recognise_pooler("it dropped the start-up options");

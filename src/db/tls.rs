@@ -2,7 +2,7 @@
 //!
 //! With the feature `tls`, OpenSSL verifies certificates and host names, as it does for libpq. This file decides only
 //! *whether* they are verified, and by which certificates. Certificates and keys are read for each connection, so they
-//! may be replaced while a storage is open. Uses `db::connections` and `error`.
+//! may be replaced while a storage is open. Uses `db::server` and `error`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use postgres::config::SslMode;
 use postgres::{Client, Config, NoTls};
 
-use crate::db::connections::server::{Connect, connect_with, is_local};
+use crate::db::server::{Connect, connect_with, is_local};
 use crate::error::{Cause, Encryption, wants_encryption};
 
 /// `sslmode`.
@@ -88,7 +88,9 @@ fn connect(options: &TlsOptions, config: &Config) -> Result<Client, Cause> {
     };
     match options.mode {
         TlsMode::Disable => plain(config),
-        TlsMode::Allow => plain(config).or_else(|cause| if is_of_server(&cause) { with(SslMode::Require) } else { Err(cause) }),
+        TlsMode::Allow => {
+            plain(config).or_else(|cause| if is_of_server(&cause) { with(SslMode::Require) } else { Err(cause) })
+        }
         TlsMode::Prefer => with(SslMode::Prefer).or_else(|cause| {
             // A connection that could not be made at all can't be made without TLS either.
             if is_unreachable(&cause) { Err(cause) } else { plain(config).map_err(|_| cause) }
@@ -134,7 +136,9 @@ mod openssl {
             None => builder.set_verify(SslVerifyMode::NONE),
         }
         if let Some((certificate, key)) = client_certificate(options) {
-            builder.set_certificate_chain_file(&certificate).map_err(|error| unusable("sslcert", &certificate, error))?;
+            builder
+                .set_certificate_chain_file(&certificate)
+                .map_err(|error| unusable("sslcert", &certificate, error))?;
             check_permissions(&key)?;
             builder.set_private_key_file(&key, SslFiletype::PEM).map_err(|error| unusable("sslkey", &key, error))?;
             builder.check_private_key().map_err(|error| unusable("sslkey", &key, error))?;
@@ -160,9 +164,11 @@ mod openssl {
             TlsMode::Require => Ok(default.map(RootCertificates::File)),
             TlsMode::VerifyCa | TlsMode::VerifyFull => match default {
                 Some(file) => Ok(Some(RootCertificates::File(file))),
-                None => Err("there is no root certificate to verify the server's by: name a file in sslrootcert, or set \
+                None => {
+                    Err("there is no root certificate to verify the server's by: name a file in sslrootcert, or set \
                              it to `system` for those that this machine trusts"
-                    .into()),
+                        .into())
+                }
             },
         }
     }
@@ -206,7 +212,11 @@ mod openssl {
             return Err(unusable("sslkey", key, "it is not a file"));
         }
         if metadata.mode() & forbidden != 0 {
-            return Err(unusable("sslkey", key, "others can read it: its permissions have to be 0600 or less (0640 if root owns it)"));
+            return Err(unusable(
+                "sslkey",
+                key,
+                "others can read it: its permissions have to be 0600 or less (0640 if root owns it)",
+            ));
         }
         Ok(())
     }

@@ -5,8 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use postgres::Config;
-
+use crate::db::server::Server;
 use crate::db::session::Session;
 use crate::error::{Error, Result};
 use crate::events::Events;
@@ -15,7 +14,7 @@ use crate::events::Events;
 pub(crate) struct Connections(Arc<()>);
 
 impl Connections {
-    pub(crate) fn new(_: &Config, _: Events) -> Connections {
+    pub(crate) fn new(_: Server, _: Events) -> Connections {
         Connections(Arc::default())
     }
 

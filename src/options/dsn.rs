@@ -6,8 +6,10 @@
 use std::time::Duration;
 
 use postgres::Config;
-use postgres::config::{Host, SslMode};
+use postgres::config::{Host, TargetSessionAttrs};
 
+use super::own_options::{Split, instead_of, is_url, split, tls_options};
+use crate::db::tls::TlsOptions;
 use crate::error::{Result, invalid};
 
 const MAX_CONNECT_TIMEOUT: Duration = Duration::from_secs(60 * 60);
@@ -21,54 +23,72 @@ const DEFAULT_KEEPALIVES_RETRIES: u32 = 3;
 const CLIENT_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
 /// The usual mistake in a URL that is misread.
 const ENCODED: &str = "names of hosts; in a URL, `@` and `/` in a user or password are written %40 and %2F";
+/// Every storage needs a server that it can write to.
+pub(super) const READ_WRITE: &str = "target_session_attrs=read-write, or none: a lock needs the server that can be \
+                                     written to, and of several hosts that one is found in any case";
 /// Shown in the place of a DSN.
 pub(super) const HIDDEN: &str = "(hidden: it may hold a password)";
 
-/// Parses a DSN. The error says what a valid one looks like.
-pub(super) fn parse(dsn: &str) -> Result<Config, String> {
-    match dsn.parse::<Config>() {
-        Ok(_) if has_loose_at(dsn) => Err(ENCODED.to_owned()),
-        parsed => parsed.map_err(|error| expected_dsn(&error)),
-    }
+/// A DSN that could be parsed.
+#[derive(Clone)]
+pub(super) struct Dsn {
+    pub(super) config: Config,
+    pub(super) tls: TlsOptions,
 }
 
-/// Checks a parsed DSN, and returns it with the defaults filled in.
-pub(super) fn checked(config: &Result<Config, String>) -> Result<Config> {
-    let mut config = match config {
-        Ok(config) => config.clone(),
-        Err(expected) => return Err(invalid("dsn", HIDDEN, expected)),
-    };
-    check(&config)?;
+/// Parses a DSN. The error says what a valid one looks like.
+pub(super) fn parse(dsn: &str) -> Result<Dsn, String> {
+    if dsn.starts_with("jdbc:") {
+        return Err("a URL without `jdbc:`, which names user and password: `postgresql://app:secret@db/app`".to_owned());
+    }
+    if is_url(dsn) && dsn.trim_end() != dsn {
+        return Err("a URL without a line break or blanks at its end".to_owned());
+    }
+    if has_loose_at(dsn) {
+        return Err(ENCODED.to_owned());
+    }
+    let Split { own, rest } = split(dsn);
+    if let Some(expected) = own.iter().find_map(|(name, _)| instead_of(name)) {
+        return Err(expected);
+    }
+    let tls = tls_options(&own)?;
+    let config = rest.parse::<Config>().map_err(|error| expected_dsn(&error))?;
+    Ok(Dsn { config, tls })
+}
+
+/// Checks a configuration, and fills the defaults in.
+pub(super) fn checked(option: &'static str, mut config: Config) -> Result<Config> {
+    check(option, &config)?;
     fill_in_defaults(&mut config);
     Ok(config)
 }
 
-fn check(config: &Config) -> Result<()> {
+fn check(option: &'static str, config: &Config) -> Result<()> {
     let (names, addresses) = (config.get_hosts().len(), config.get_hostaddrs().len());
     let hosts = names.max(addresses);
     if hosts == 0 {
-        return Err(invalid("dsn", "(no host)", "a host: `host=localhost`, or the folder of a Unix socket"));
+        return Err(invalid(option, "(no host)", "a host: `host=localhost`, or the folder of a Unix socket"));
     }
     if names > 0 && addresses > 0 && names != addresses {
         return Err(invalid(
-            "dsn",
+            option,
             format!("({names} in host, {addresses} in hostaddr)"),
             "as many in hostaddr as in host, or one of the two",
         ));
     }
     if let Some(expected) = misread(config) {
-        return Err(invalid("dsn", HIDDEN, expected));
+        return Err(invalid(option, HIDDEN, expected));
     }
     let ports = config.get_ports().len();
     if ports > 1 && ports != hosts {
-        return Err(invalid("dsn", format!("({ports} ports)"), format!("one port, or one for each of {hosts} hosts")));
+        return Err(invalid(option, format!("({ports} ports)"), format!("one port, or one for each of {hosts} hosts")));
     }
-    if matches!(config.get_ssl_mode(), SslMode::Require) {
-        return Err(invalid("dsn", "sslmode=require", "sslmode=prefer or disable: TLS is not supported yet"));
+    if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
+        return Err(invalid(option, "target_session_attrs=read-only", READ_WRITE));
     }
     if let Some(timeout) = config.get_connect_timeout().filter(|timeout| **timeout > MAX_CONNECT_TIMEOUT) {
         return Err(invalid(
-            "dsn",
+            option,
             format!("connect_timeout={}", timeout.as_secs()),
             "a connect_timeout of 1 h at most",
         ));
@@ -123,12 +143,16 @@ fn misread(config: &Config) -> Option<&'static str> {
     (!are_hosts).then_some(ENCODED)
 }
 
-/// Whether a URL has a second `@` beside the one that ends the password. The parser ends the password at the first `@`.
-/// It would take the rest for the host and the database, which the server's errors and logs show.
+/// Whether a URL has another `@` than the one that ends the password, or a `?` before that one.
+///
+/// The parser ends the password at the first `@`, wherever that is. It would take what follows for the host and the
+/// database, or what comes before for the user, which the server's errors and logs show.
 fn has_loose_at(dsn: &str) -> bool {
-    let url = ["postgresql://", "postgres://"].iter().find_map(|scheme| dsn.strip_prefix(scheme));
-    let before_options = url.and_then(|url| url.split('?').next()).unwrap_or_default();
-    before_options.matches('@').count() > 1
+    if !is_url(dsn) {
+        return false;
+    }
+    let (before_options, options) = dsn.split_once('?').unwrap_or((dsn, ""));
+    before_options.matches('@').count() + options.matches('@').count() > 1 || options.contains('@')
 }
 
 /// What a valid DSN looks like.
@@ -137,7 +161,7 @@ fn has_loose_at(dsn: &str) -> bool {
 /// parser says "unknown option `secret`", which would show a part of the password.
 fn expected_dsn(error: &postgres::Error) -> String {
     const FORMS: &str = "`host=db user=app password='it''s'` or `postgresql://app:it%27s@db/app` with options that \
-                         postgres::Config knows";
+                         this library knows";
     const CHECKED_OPTIONS: [&str; 14] = [
         "sslmode",
         "sslnegotiation",

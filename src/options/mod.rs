@@ -5,6 +5,7 @@
 
 mod dsn;
 mod lock;
+mod own_options;
 mod storage;
 
 pub use lock::LockOptions;

@@ -1,12 +1,17 @@
 //! The settings of a storage: the server, the table and the connections. Imports: as of this module, see [`super`].
 
 use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
 
-use postgres::Config;
+use postgres::tls::{MakeTlsConnect, TlsConnect};
+use postgres::{Config, Socket};
 
 use super::check_identifier;
-use super::dsn::{self, HIDDEN};
-use crate::error::{Result, invalid};
+use super::dsn::{self, Dsn, HIDDEN};
+use crate::db::server::{Connect, Server, Source, connect_with};
+use crate::db::tls::connect_as;
+use crate::error::{Cause, Result, invalid};
 use crate::events::{Event, Events};
 
 const MAX_CONNECTIONS: u32 = 1_000;
@@ -16,8 +21,7 @@ const MAX_CONNECTIONS: u32 = 1_000;
 /// Nothing is checked or opened before [`PostgresStorage::new`](crate::PostgresStorage::new).
 #[derive(Clone)]
 pub struct PostgresStorageOptions {
-    /// The parsed DSN, or a text that says what a valid one looks like.
-    config: Result<Config, String>,
+    server: ServerOptions,
     pub(crate) schema: String,
     pub(crate) table_name: String,
     pub(crate) create_table: bool,
@@ -25,16 +29,91 @@ pub struct PostgresStorageOptions {
     pub(crate) events: Events,
 }
 
+/// How the server was named.
+#[derive(Clone)]
+enum ServerOptions {
+    /// The parsed DSN, or a text that says what a valid one looks like.
+    Dsn(Result<Dsn, String>),
+    Config(Source, Connect),
+}
+
 impl PostgresStorageOptions {
     /// The server, as anything that [`postgres::Config`] parses: `host=db user=app password=secret dbname=app` or
     /// `postgresql://app:secret@db/app`. Several hosts are allowed.
     ///
     /// Defaults for what the DSN leaves out: `connect_timeout` is 5 s for each address, `tcp_user_timeout` is 15 s, and
-    /// keep-alives start after 15 s. So a connection whose other side has gone is given up. TLS is not supported yet:
-    /// `sslmode` must not be `require`.
+    /// keep-alives start after 15 s. So a connection whose other side has gone is given up.
+    ///
+    /// Of several hosts, the first one that can be written to is used. A standby is recognised, and the next host is
+    /// tried. `target_session_attrs=read-only` is refused.
+    ///
+    /// # TLS
+    ///
+    /// With the Cargo feature `tls`, these options mean what they mean to libpq: `sslmode` (`disable`, `allow`,
+    /// `prefer`, which is the default, `require`, `verify-ca`, `verify-full`), `sslrootcert` (a file, or `system`),
+    /// `sslcert`, `sslkey`, `sslsni`, `sslnegotiation`, `channel_binding`; and so do the files `root.crt`,
+    /// `postgresql.crt` and `postgresql.key` in `~/.postgresql`. The files are read again for each connection.
+    /// **Only `verify-full` keeps out somebody between you and the server.** Without the feature there is no TLS: then
+    /// `prefer` and `allow` connect without, and the others are refused.
+    ///
+    /// Environment variables (`PGHOST` and so on), service files and password files are not read.
     pub fn from_dsn(dsn: &str) -> Self {
+        Self::new(ServerOptions::Dsn(dsn::parse(dsn)))
+    }
+
+    /// The server, as a configuration of the driver's, and a TLS connector of your own: `postgres_openssl`,
+    /// `postgres_native_tls`, one for rustls, or `postgres::NoTls`.
+    ///
+    /// The defaults of [`from_dsn`](Self::from_dsn) are filled in where the configuration has none.
+    pub fn from_config<T>(config: Config, tls: T) -> Self
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::TlsConnect: Send,
+        T::Stream: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        Self::from_config_with(move || Ok::<_, Cause>(config.clone()), tls)
+    }
+
+    /// The same with credentials that change: `config` is asked before each connection, for example for a password
+    /// that is a token of fifteen minutes.
+    ///
+    /// It runs on a thread of the library, and should not take longer than a second or two: what needs a connection
+    /// waits for it. If it fails, so does the attempt to connect, with its error as the cause, and the attempt is
+    /// repeated as any other. A lock that is held survives that for as long as its lease. The `connect_timeout` is that
+    /// of the first configuration.
+    ///
+    /// ```no_run
+    /// # fn token() -> std::io::Result<String> { unimplemented!() }
+    /// use postgres::{Config, NoTls};
+    /// use storage_lock::{PostgresStorage, PostgresStorageOptions};
+    ///
+    /// let options = PostgresStorageOptions::from_config_with(
+    ///     || {
+    ///         let mut config = Config::new();
+    ///         config.host("db.example").user("app").dbname("app").password(token()?);
+    ///         Ok::<_, std::io::Error>(config)
+    ///     },
+    ///     NoTls,
+    /// );
+    /// let storage = PostgresStorage::new(options)?;
+    /// # Ok::<_, storage_lock::Error>(())
+    /// ```
+    pub fn from_config_with<T, E>(config: impl Fn() -> Result<Config, E> + Send + Sync + 'static, tls: T) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::TlsConnect: Send,
+        T::Stream: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        let source: Source = Arc::new(move || Ok(dsn::checked("config", config().map_err(Into::into)?)?));
+        Self::new(ServerOptions::Config(source, connect_with(tls)))
+    }
+
+    fn new(server: ServerOptions) -> Self {
         PostgresStorageOptions {
-            config: dsn::parse(dsn),
+            server,
             schema: "public".to_owned(),
             table_name: "storage_lock".to_owned(),
             create_table: true,
@@ -115,14 +194,32 @@ impl PostgresStorageOptions {
         self
     }
 
-    /// Checks every option. Returns where to connect, with the defaults filled in.
-    pub(crate) fn checked_config(&self) -> Result<Config> {
+    /// Checks every option. Returns the server, with the defaults of its configuration filled in.
+    pub(crate) fn checked_server(&self) -> Result<Server> {
         check_identifier("schema", &self.schema)?;
         check_identifier("table_name", &self.table_name)?;
         if !(1..=MAX_CONNECTIONS).contains(&self.max_connections) {
             return Err(invalid("max_connections", self.max_connections, format!("1 to {MAX_CONNECTIONS}")));
         }
-        dsn::checked(&self.config)
+        let (source, connect): (Source, _) = match &self.server {
+            ServerOptions::Dsn(Err(expected)) => return Err(invalid("dsn", HIDDEN, expected)),
+            ServerOptions::Dsn(Ok(Dsn { config, tls })) => {
+                let config = dsn::checked("dsn", config.clone())?;
+                (Arc::new(move || Ok(config.clone())), connect_as(tls.clone()))
+            }
+            ServerOptions::Config(source, connect) => (Arc::clone(source), Arc::clone(connect)),
+        };
+        let mut server = Server { source, connect, connect_timeout: Duration::ZERO, hosts: 0 };
+        let config = server.config()?;
+        server.connect_timeout = config.get_connect_timeout().copied().unwrap_or(dsn::DEFAULT_CONNECT_TIMEOUT);
+        server.hosts = config.get_hosts().len().max(config.get_hostaddrs().len());
+        Ok(server)
+    }
+
+    /// The configuration of the next connection.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn checked_config(&self) -> Result<Config> {
+        self.checked_server()?.config()
     }
 }
 

@@ -80,9 +80,9 @@ impl PostgresStorage {
     /// - [`Error::Table`] if the schema or the table is missing, or the table isn't ours;
     /// - [`Error::Database`] if the table can't be created.
     pub fn new(options: PostgresStorageOptions) -> Result<PostgresStorage> {
-        let config = options.checked_config()?;
+        let server = options.checked_server()?;
         let sql = Arc::new(Sql::new(&options.schema, &options.table_name));
-        let connections = Connections::new(&config, options.events.clone());
+        let connections = Connections::new(server, options.events.clone());
         let health = Arc::new(Health::new("refreshes succeed again"));
         let storage = PostgresStorage {
             inner: Arc::new(Inner {

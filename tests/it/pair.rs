@@ -9,7 +9,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
-use postgres::error::SqlState;
 use storage_lock::{Error, LockGuard, PostgresStorage, PostgresStorageOptions, StorageLock};
 use uuid::Uuid;
 
@@ -79,19 +78,21 @@ fn a_standby_is_not_used_before_it_is_promoted() {
     pair.catches_up();
     let reversed = with_its_hosts_reversed(&pair.dsn);
     let options = |dsn: &str| PostgresStorageOptions::from_dsn(dsn).table_name(&table.name);
-    // The first host is the standby: it is passed over.
-    let storage = PostgresStorage::new(options(&reversed)).unwrap();
-    assert_eq!(StorageLock::new(&storage, "l").unwrap().lock("worker").unwrap().version(), 2);
-    // Without `target_session_attrs` it isn't, and can't be written to.
-    let careless = PostgresStorage::new(options(&pair.standby.dsn)).unwrap();
-    let lock = StorageLock::new(&careless, "l").unwrap();
-    let error = lock.try_lock("worker").unwrap_err();
-    let Error::Database { source, .. } = &error else { panic!("{error:?}") };
-    assert_eq!(source.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION), "{}", chain(&error));
+    // The first host is the standby: it is passed over, whether or not the DSN asks for that.
+    for dsn in [reversed.clone(), reversed.replace("target_session_attrs=read-write", "")] {
+        let storage = PostgresStorage::new(options(&dsn)).unwrap();
+        let lock = StorageLock::new(&storage, "l").unwrap();
+        assert!(!storage.server_time().is_err() && lock.lock("worker").unwrap().version() > 1);
+    }
+    // Where it is the only one, that is said, and nothing is asked of it.
+    let error = PostgresStorage::new(options(&pair.standby.dsn)).unwrap_err();
+    assert!(matches!(error, Error::Connect { .. }), "{error:?}");
+    assert!(chain(&error).contains("this server is a standby"), "{}", chain(&error));
     pair.catches_up();
     pair.primary.kill();
     pair.promote();
-    assert_eq!(lock.lock("worker").unwrap().version(), 3, "it can be, once the standby is promoted");
+    let storage = PostgresStorage::new(options(&pair.standby.dsn)).expect("the standby is promoted");
+    assert_eq!(StorageLock::new(&storage, "l").unwrap().lock("worker").unwrap().version(), 4);
 }
 
 fn with_its_hosts_reversed(dsn: &str) -> String {

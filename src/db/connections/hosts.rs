@@ -37,14 +37,31 @@ pub(super) fn hosts(config: &Config) -> Vec<Address> {
         .collect()
 }
 
-/// Copies everything of a configuration but its hosts. One address of one host is added for each attempt.
-pub(super) fn without_hosts(config: &Config) -> Config {
+/// The configuration for one address of one host.
+pub(super) fn config_for(config: &Config, address: &Address) -> Config {
+    let mut config = without_hosts(config);
+    config.port(address.port);
+    match (&address.host, address.ip) {
+        (Some(Host::Tcp(name)), _) => _ = config.host(name),
+        #[cfg(unix)]
+        (Some(Host::Unix(folder)), _) => _ = config.host_path(folder),
+        // A host's name is what TLS is for.
+        (None, Some(ip)) => _ = config.host(&ip.to_string()),
+        (None, None) => {}
+    }
+    if let Some(ip) = address.ip {
+        config.hostaddr(ip);
+    }
+    config
+}
+
+/// Copies everything of a configuration but its hosts, and what is looked for after connecting.
+fn without_hosts(config: &Config) -> Config {
     let mut copy = Config::new();
     copy.ssl_mode(config.get_ssl_mode())
         .ssl_negotiation(config.get_ssl_negotiation())
         .keepalives(config.get_keepalives())
         .keepalives_idle(config.get_keepalives_idle())
-        .target_session_attrs(config.get_target_session_attrs())
         .channel_binding(config.get_channel_binding());
     if let Some(user) = config.get_user() {
         copy.user(user);

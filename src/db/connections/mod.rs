@@ -27,9 +27,10 @@ use std::time::{Duration, Instant};
 use postgres::Config;
 use postgres::config::{Host, LoadBalanceHosts};
 
-use self::hosts::{Address, hosts, without_hosts};
+use self::hosts::{Address, config_for, hosts};
 use self::open::open;
 use crate::db::route::Route;
+use crate::db::server::Server;
 use crate::db::session::Session;
 use crate::db::stuck::StuckLimit;
 use crate::error::{Cause, Error, Result, chain, is_passing_cause};
@@ -50,12 +51,8 @@ const SHOWN_CAUSES: usize = 4;
 pub(crate) struct Connections(Arc<Shared>);
 
 struct Shared {
-    /// Everything but the hosts.
-    config: Config,
-    hosts: Vec<Address>,
-    is_shuffled: bool,
+    server: Server,
     route: Arc<Route>,
-    connect_timeout: Duration,
     /// How many addresses the last attempt found, for the hosts that it came to.
     addresses: AtomicUsize,
     state: Mutex<State>,
@@ -74,12 +71,9 @@ struct State {
 }
 
 impl Connections {
-    pub(crate) fn new(config: &Config, events: Events) -> Connections {
+    pub(crate) fn new(server: Server, events: Events) -> Connections {
         Connections(Arc::new(Shared {
-            hosts: hosts(config),
-            is_shuffled: config.get_load_balance_hosts() == LoadBalanceHosts::Random,
-            connect_timeout: config.get_connect_timeout().copied().unwrap_or(Duration::from_secs(5)),
-            config: without_hosts(config),
+            server,
             route: Arc::new(Route::new(events)),
             addresses: AtomicUsize::new(0),
             state: Mutex::default(),
@@ -93,10 +87,10 @@ impl Connections {
     /// however many there are.
     pub(crate) fn opening_time(&self) -> Duration {
         let addresses = match self.0.addresses.load(Ordering::Relaxed) {
-            0 => self.0.hosts.len() * MANY_ADDRESSES,
-            known => known.max(self.0.hosts.len()),
+            0 => self.0.server.hosts * MANY_ADDRESSES,
+            known => known.max(self.0.server.hosts),
         };
-        self.0.connect_timeout.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)) + SLACK
+        self.0.server.connect_timeout.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)) + SLACK
     }
 
     /// Notes that a connection is silent.
@@ -109,8 +103,10 @@ impl Connections {
         &self,
         prepare: impl Fn(&mut Session) -> Result<(), postgres::Error> + Clone + Send + 'static,
     ) -> Result<Session> {
+        let config = self.0.server.config()?;
+        let is_shuffled = config.get_load_balance_hosts() == LoadBalanceHosts::Random;
         let (mut addresses, mut silent, mut failed) = (0, Vec::new(), Vec::new());
-        for host in self.in_order(self.0.hosts.clone()) {
+        for host in self.in_order(hosts(&config), is_shuffled) {
             let found = match self.look_up(&host) {
                 Ok(found) => found,
                 Err(cause) => {
@@ -120,13 +116,14 @@ impl Connections {
             };
             addresses += found.len();
             self.0.addresses.store(addresses, Ordering::Relaxed);
-            let (last, first): (Vec<Address>, _) = self.in_order(found).into_iter().partition(|it| self.is_silent(it));
+            let (last, first): (Vec<Address>, _) =
+                self.in_order(found, is_shuffled).into_iter().partition(|it| self.is_silent(it));
             silent.extend(last);
-            if let Some(session) = self.connect_to_one(first, &prepare, &mut failed) {
+            if let Some(session) = self.connect_to_one(&config, first, &prepare, &mut failed) {
                 return Ok(session);
             }
         }
-        if let Some(session) = self.connect_to_one(silent, &prepare, &mut failed) {
+        if let Some(session) = self.connect_to_one(&config, silent, &prepare, &mut failed) {
             return Ok(session);
         }
         Err(connect_error(failed))
@@ -135,12 +132,13 @@ impl Connections {
     /// Opens a session on the first of these addresses that lets us in. The causes of the others go to `failed`.
     fn connect_to_one(
         &self,
+        config: &Config,
         addresses: Vec<Address>,
         prepare: &(impl Fn(&mut Session) -> Result<(), postgres::Error> + Clone + Send + 'static),
         failed: &mut Vec<(Address, Cause)>,
     ) -> Option<Session> {
         for address in addresses {
-            match self.connect(&address, prepare.clone()) {
+            match self.connect(config_for(config, &address), &address, prepare.clone()) {
                 Ok(session) => return Some(session),
                 Err(cause) => failed.push((address, cause)),
             }
@@ -148,9 +146,9 @@ impl Connections {
         None
     }
 
-    /// Shuffles the addresses if the configuration says so, and puts those that were silent last.
-    fn in_order(&self, mut addresses: Vec<Address>) -> Vec<Address> {
-        if self.0.is_shuffled {
+    /// Puts the addresses that were silent last, and shuffles them before if the configuration says so.
+    fn in_order(&self, mut addresses: Vec<Address>, is_shuffled: bool) -> Vec<Address> {
+        if is_shuffled {
             addresses.sort_by_cached_key(|_| random());
         }
         addresses.sort_by_key(|address| self.is_silent(address));
@@ -180,31 +178,17 @@ impl Connections {
 
     fn connect(
         &self,
+        config: Config,
         address: &Address,
         prepare: impl FnOnce(&mut Session) -> Result<(), postgres::Error> + Send + 'static,
     ) -> Result<Session, Cause> {
-        let (shared, config) = (Arc::clone(&self.0), self.config_for(address));
+        let shared = Arc::clone(&self.0);
         self.limited(address, true, move |logged_in| {
             let mut session = open(&shared, config, logged_in)?;
             prepare(&mut session)?;
             lock(&shared.state).last_success = Some(Instant::now());
             Ok(session)
         })
-    }
-
-    fn config_for(&self, address: &Address) -> Config {
-        let mut config = self.0.config.clone();
-        config.port(address.port);
-        match &address.host {
-            Some(Host::Tcp(name)) => _ = config.host(name),
-            #[cfg(unix)]
-            Some(Host::Unix(folder)) => _ = config.host_path(folder),
-            None => {}
-        }
-        if let Some(ip) = address.ip {
-            config.hostaddr(ip);
-        }
-        config
     }
 }
 

@@ -6,10 +6,8 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use postgres::Config;
 use postgres::error::SqlState;
-use postgres::{Config, NoTls};
-use r2d2::ManageConnection;
-use r2d2_postgres::PostgresConnectionManager;
 
 use super::Shared;
 use crate::db::session::Session;
@@ -28,7 +26,7 @@ pub(super) fn open(shared: &Shared, config: Config, logged_in: &dyn Fn()) -> Res
     let generation = route.generation.load(Ordering::Relaxed);
     let connect = |config: Config| {
         look_for_descriptors()?;
-        Ok::<_, Cause>(PostgresConnectionManager::new(config, NoTls).connect()?)
+        (shared.server.connect)(&config)
     };
     let is_refusal = |cause: &Cause| {
         let code = cause.downcast_ref::<postgres::Error>().and_then(postgres::Error::code);

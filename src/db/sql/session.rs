@@ -18,9 +18,10 @@ pub(crate) const SESSION_OPTIONS: &str = "-c storage_lock.direct=on \
      -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off \
      -c statement_timeout=5000 -c lock_timeout=1500 -c idle_in_transaction_session_timeout=5000";
 
-/// Asks for the session's backend, whether the start-up options reached it, and what time it is.
-pub(crate) const SESSION: &str =
-    "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on', clock_timestamp()";
+/// Asks for the session's backend, whether the start-up options reached it, what time it is, and whether the server is
+/// a standby.
+pub(crate) const SESSION: &str = "SELECT pg_backend_pid(), current_setting('storage_lock.direct', true) = 'on', \
+     clock_timestamp(), pg_is_in_recovery()";
 
 /// A transaction that reads the whole table needs this.
 pub(crate) const READS_ALL: &str = "SET LOCAL enable_seqscan = on";

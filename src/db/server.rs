@@ -1,4 +1,4 @@
-//! How a connection is made: with which configuration, and with which TLS. Uses `error`.
+//! How a connection is made: with which configuration, and with which TLS. Uses `error` and `user_code`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use postgres::{Client, Config, Socket};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 
-use crate::error::Cause;
+use crate::error::{Cause, Error, Result};
+use crate::user_code;
 
 /// Returns the configuration for the next connection.
 pub(crate) type Source = Arc<dyn Fn() -> Result<Config, Cause> + Send + Sync>;
@@ -25,6 +26,21 @@ pub(crate) struct Server {
     pub(crate) connect_timeout: Duration,
     /// How many hosts the first configuration has.
     pub(crate) hosts: usize,
+}
+
+impl Server {
+    /// The configuration for the next connection.
+    pub(crate) fn config(&self) -> Result<Config> {
+        let config = user_code::call(|| (self.source)());
+        config.unwrap_or_else(|| Err("what was given to from_config_with panicked".into())).map_err(|cause| {
+            // The configuration was returned, and can't be used.
+            let source = match cause.downcast::<Error>() {
+                Ok(error) => return *error,
+                Err(source) => source,
+            };
+            Error::Connect { address: "(no configuration)".to_owned(), source }
+        })
+    }
 }
 
 /// Makes connections with a TLS connector.
