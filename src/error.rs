@@ -115,6 +115,12 @@ impl Error {
         chain(self)
     }
 
+    /// Whether a wait goes on after this error: it is transient, or credentials may be renewed meanwhile.
+    pub(crate) fn may_pass_within_a_wait(&self) -> bool {
+        let is_of_credentials = matches!(self, Error::Connect { source, .. } if is_of_credentials(source.as_ref()));
+        self.is_transient() || is_of_credentials
+    }
+
     /// Whether the same call may succeed a little later, because the cause is the connection, the load or the server's
     /// state.
     pub(crate) fn is_transient(&self) -> bool {
@@ -129,6 +135,13 @@ impl Error {
             | Error::Forked => false,
         }
     }
+}
+
+/// Whether the server didn't accept who we are. That passes where credentials are renewed.
+fn is_of_credentials(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(cause), |cause| cause.source());
+    let error = causes.find_map(|cause| cause.downcast_ref::<postgres::Error>());
+    error.and_then(postgres::Error::code).is_some_and(|code| code.code().starts_with("28"))
 }
 
 /// An error's text, followed by the texts of all its causes.

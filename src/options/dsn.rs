@@ -6,9 +6,9 @@
 use std::time::Duration;
 
 use postgres::Config;
-use postgres::config::{Host, TargetSessionAttrs};
+use postgres::config::{ChannelBinding, Host, SslNegotiation, TargetSessionAttrs};
 
-use super::own_options::{Split, instead_of, is_url, split, tls_options};
+use super::own_options::{NO_TLS, Split, instead_of, is_url, split, tls_options};
 use crate::db::tls::TlsOptions;
 use crate::error::{Result, invalid};
 
@@ -53,6 +53,11 @@ pub(super) fn parse(dsn: &str) -> Result<Dsn, String> {
     }
     let tls = tls_options(&own)?;
     let config = rest.parse::<Config>().map_err(|error| expected_dsn(&error))?;
+    let needs_tls = config.get_channel_binding() == ChannelBinding::Require
+        || config.get_ssl_negotiation() == SslNegotiation::Direct;
+    if needs_tls && !cfg!(feature = "tls") {
+        return Err(NO_TLS.to_owned());
+    }
     Ok(Dsn { config, tls })
 }
 

@@ -8,6 +8,10 @@ use crate::db::tls::{RootCertificates, TlsMode, TlsOptions};
 /// The options of TLS that this library reads itself.
 const TLS: [&str; 5] = ["sslmode", "sslrootcert", "sslcert", "sslkey", "sslsni"];
 
+/// What an option needs that this library was built without.
+pub(super) const NO_TLS: &str = "no TLS: this library was built without its feature `tls` (cargo add storage-lock \
+                                 --features tls); or a connector of your own: `PostgresStorageOptions::from_config`";
+
 /// Options of libpq and of JDBC that neither the driver nor this library knows, and what to do instead.
 const REFUSED: [(&str, &str); 27] = [
     ("service", "write the service's options into the DSN"),

@@ -250,7 +250,7 @@ impl Ticket<'_> {
         let is_over = limit.is_over(now) || is_hopeless;
         queue.is_in_row |= is_unknown;
         queue.ask_again(limit, now, None);
-        if is_over || !queue.is_busy || !error.is_transient() {
+        if is_over || !queue.is_busy || !error.may_pass_within_a_wait() {
             return Err(error);
         }
         drop(queues);

@@ -16,6 +16,7 @@ mod support;
 
 mod clean_up;
 mod connections;
+mod doors;
 mod events;
 mod examples;
 mod fence;

@@ -73,7 +73,7 @@ fn the_address_of_a_server_is_verified_as_its_name() {
 fn a_server_without_tls_is_reached_where_that_is_allowed() {
     let plain = Server::start_with(&["--fast"]);
     for mode in ["disable", "allow", "prefer"] {
-        storage(&with_mode(&plain.dsn, mode)).unwrap();
+        let _storage = storage(&with_mode(&plain.dsn, mode)).unwrap();
         assert!(!is_encrypted(&mut plain.client()), "{mode}");
     }
     let error = storage(&with_mode(&plain.dsn, "require")).unwrap_err();
@@ -89,7 +89,10 @@ fn with_mode(dsn: &str, mode: &str) -> String {
 fn a_server_that_takes_only_tls_is_reached_by_it_and_an_error_says_so_otherwise() {
     let authority = Signed::authority("ours");
     let server = TlsServer::start(&authority.sign("localhost"), &authority);
-    server.superuser().batch_execute("CREATE ROLE app LOGIN SUPERUSER; CREATE ROLE bare LOGIN SUPERUSER").unwrap();
+    let password = server.dsn.split("password=").nth(1).unwrap().split(' ').next().unwrap();
+    for role in ["app", "bare"] {
+        server.superuser().batch_execute(&format!("CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{password}'")).unwrap();
+    }
     server.rules("hostnossl all app all reject\nhostssl all bare all reject");
     let as_role = |role: &str, mode: &str| {
         let dsn = server.dsn_with(&format!("sslmode={mode}"));
@@ -98,7 +101,7 @@ fn a_server_that_takes_only_tls_is_reached_by_it_and_an_error_says_so_otherwise(
         storage(&parts.collect::<Vec<_>>().join(" "))
     };
     for mode in ["allow", "prefer", "require"] {
-        as_role("app", mode).unwrap_or_else(|error| panic!("{mode}: {}", chain(&error)));
+        let _storage = as_role("app", mode).unwrap_or_else(|error| panic!("{mode}: {}", chain(&error)));
         assert!(is_encrypted(&mut server.superuser()), "{mode}");
     }
     let error = as_role("app", "disable").unwrap_err();
