@@ -61,12 +61,12 @@ pub enum Error {
         source: postgres::Error,
     },
 
-    /// The table is missing, isn't ours, or can't keep locks. It was not touched.
+    /// The table is missing, isn't ours, or can't keep locks; or the role has no right to use it. It was not touched.
     #[error("cannot keep locks in table {table}: {problem}")]
     Table {
         /// The table with its schema, quoted as in SQL.
         table: String,
-        /// What is wrong with it.
+        /// What is wrong with it, and what to do.
         problem: String,
     },
 

@@ -159,8 +159,38 @@ pub struct LockInformation {
 #[derive(Debug)]
 pub(crate) enum Found {
     NoSchema,
+    /// This role, by its quoted name, has no `USAGE` on the schema.
+    NoUsage {
+        role: String,
+    },
     NoTable,
-    Table { kind: String, persistence: String, columns: Vec<String>, has_key: bool, hides_rows: bool },
+    Table(Box<FoundTable>),
+}
+
+/// What is known of the table that was found.
+#[derive(Debug)]
+pub(crate) struct FoundTable {
+    /// The role of this session, quoted.
+    pub(crate) role: String,
+    /// As in `pg_class.relkind`.
+    pub(crate) kind: String,
+    pub(crate) is_partition: bool,
+    pub(crate) access_method: String,
+    /// As in `pg_class.relpersistence`.
+    pub(crate) persistence: String,
+    /// Each column with its type, and with `NOT NULL` where that applies.
+    pub(crate) columns: Vec<String>,
+    /// The columns that an insert has to name: `NOT NULL`, and without a default.
+    pub(crate) required: Vec<String>,
+    /// The collation of `lock_id`, unless it is `"C"`.
+    pub(crate) collation: Option<String>,
+    pub(crate) has_key: bool,
+    /// Row-level security applies to the role.
+    pub(crate) hides_rows: bool,
+    /// The publications for which the server refuses every update, because the table has no replica identity.
+    pub(crate) publications: Vec<String>,
+    /// The privileges that the role doesn't have.
+    pub(crate) missing_rights: Vec<String>,
 }
 
 /// The row that an acquire returns.

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use postgres::Config;
 use uuid::Uuid;
 
-use crate::db::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation, RowWaiter};
+use crate::db::answer::{Acquired, Claim, Fault, Found, FoundTable, Granted, LockInformation, RowWaiter};
 use crate::db::sql::{COLUMNS, Sql};
 use crate::hold::Hold;
 use crate::model::row::{Notified, Row};
@@ -396,8 +396,20 @@ impl Session {
         let columns = COLUMNS
             .iter()
             .map(|(name, type_, is_required)| format!("{name} {type_}{}", if *is_required { " NOT NULL" } else { "" }));
-        let (kind, persistence) = ("r".to_owned(), "p".to_owned());
-        Ok(Found::Table { kind, persistence, columns: columns.collect(), has_key: true, hides_rows: false })
+        Ok(Found::Table(Box::new(FoundTable {
+            role: "model".to_owned(),
+            kind: "r".to_owned(),
+            is_partition: false,
+            access_method: "heap".to_owned(),
+            persistence: "p".to_owned(),
+            columns: columns.collect(),
+            required: Vec::new(),
+            collation: None,
+            has_key: true,
+            hides_rows: false,
+            publications: Vec::new(),
+            missing_rights: Vec::new(),
+        })))
     }
 
     pub(crate) fn create_table(&mut self, _: &Sql) -> Result<bool, Fault> {

@@ -69,16 +69,17 @@ impl Drop for Inner {
 }
 
 impl PostgresStorage {
-    /// Opens a storage: connects, creates the table if it is missing, and checks that the table is ours.
-    /// [`create_table(false)`](PostgresStorageOptions::create_table) skips the creation.
+    /// Opens a storage: connects, creates the table if it is missing, and checks that the table is ours and that the
+    /// role may use it. [`create_table(false)`](PostgresStorageOptions::create_table) skips the creation.
     ///
     /// Blocks for at most the connect timeout, for each look-up of a host name and for each address, plus 5 s.
     ///
     /// # Errors
     /// - [`Error::InvalidOption`], before anything is opened;
     /// - [`Error::Connect`] and [`Error::Timeout`];
-    /// - [`Error::Table`] if the schema or the table is missing, or the table isn't ours;
-    /// - [`Error::Database`] if the table can't be created.
+    /// - [`Error::Table`] if the schema or the table is missing, or the table isn't ours or can't keep locks, or the
+    ///   role has no right to use it;
+    /// - [`Error::Database`] if the table can't be created, for example without `CREATE` on the schema.
     pub fn new(options: PostgresStorageOptions) -> Result<PostgresStorage> {
         let server = options.checked_server()?;
         let sql = Arc::new(Sql::new(&options.schema, &options.table_name));

@@ -35,6 +35,7 @@ mod pair;
 mod pooler;
 mod processes;
 mod queue;
+mod rights;
 mod roles;
 mod script;
 mod servers;

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use postgres::Row;
 
-use crate::db::answer::{AcquireRow, Found, LockInformation, RowWaiter};
+use crate::db::answer::{AcquireRow, Found, FoundTable, LockInformation, RowWaiter};
 use crate::db::sql::GRACE;
 
 /// The row of an acquire at server time `now`, where `version` is the newest version.
@@ -42,17 +42,26 @@ pub(super) fn acquire_row(
 
 /// What [`INSPECT`](crate::db::sql::INSPECT) found under the name of our table.
 pub(super) fn found(row: &Row) -> Result<Found, postgres::Error> {
-    if !row.try_get::<_, bool>(0)? {
-        return Ok(Found::NoSchema);
+    let Some(has_usage) = row.try_get::<_, Option<bool>>(0)? else { return Ok(Found::NoSchema) };
+    let role = row.try_get(1)?;
+    if !has_usage {
+        return Ok(Found::NoUsage { role });
     }
-    let Some(kind) = row.try_get::<_, Option<String>>(1)? else { return Ok(Found::NoTable) };
-    Ok(Found::Table {
+    let Some(kind) = row.try_get::<_, Option<String>>(2)? else { return Ok(Found::NoTable) };
+    Ok(Found::Table(Box::new(FoundTable {
+        role,
         kind,
-        persistence: row.try_get(2)?,
-        columns: row.try_get(3)?,
-        has_key: row.try_get(4)?,
-        hides_rows: row.try_get(5)?,
-    })
+        is_partition: row.try_get(3)?,
+        access_method: row.try_get(4)?,
+        persistence: row.try_get(5)?,
+        columns: row.try_get(6)?,
+        required: row.try_get(7)?,
+        collation: row.try_get(8)?,
+        has_key: row.try_get(9)?,
+        hides_rows: row.try_get(10)?,
+        publications: row.try_get(11)?,
+        missing_rights: row.try_get(12)?,
+    })))
 }
 
 pub(super) fn lock_information(row: &Row) -> Result<LockInformation, postgres::Error> {

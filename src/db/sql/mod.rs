@@ -276,7 +276,7 @@ impl Sql {
 }
 
 /// Quotes an identifier. Any characters but NUL are fine.
-fn quote(identifier: &str) -> String {
+pub(crate) fn quote(identifier: &str) -> String {
     format!("\"{}\"", identifier.replace('"', "\"\""))
 }
 

@@ -12,29 +12,57 @@ pub(crate) const COLUMNS: [(&str, &str, bool); 8] = [
     ("waiters", "uuid[]", false),
 ];
 
-/// Returns one row: whether the schema exists, and what is known of the table, if there is one. That is its kind,
-/// persistence and columns, whether it has our primary key, and whether rows may be hidden from this role.
+/// Returns one row: whether this role has `USAGE` on the schema (NULL if there is no schema), the role's name, quoted,
+/// and what is known of the table, if there is one. That is what `FoundTable` of `db::answer` has, in
+/// its order. Every role may read these catalogs. PostgreSQL 12 has all of these columns.
 ///
-/// 950 is the fixed object id of the collation `"C"`.
+/// - 950 is the fixed object id of the collation `"C"`.
+/// - A generated column counts as one with a default (`atthasdef`), an identity column doesn't.
+/// - A domain can be `NOT NULL`, and can have a default.
+/// - `has_column_privilege` is true if the role has the privilege on the column or on the whole table.
+/// - An update needs a replica identity if it is published. By default that is the primary key. An index that was the
+///   identity may have been dropped.
+/// - Only the view `pg_publication_tables` knows every kind of publication in every version.
 pub(crate) const INSPECT: &str = "\
-SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1), table_.kind, \
-       table_.persistence, table_.columns, table_.key, table_.hides
+SELECT (SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace WHERE nspname = $1), \
+       pg_catalog.quote_ident(current_user), table_.*
 FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
-    SELECT c.relkind::text AS kind, c.relpersistence::text AS persistence,
-        ARRAY(SELECT a.attname || ' ' || replace(format_type(a.atttypid, a.atttypmod), '\"', '')
+    SELECT c.relkind::text, c.relispartition,
+        coalesce((SELECT amname::text FROM pg_catalog.pg_am WHERE oid = c.relam), 'none'), c.relpersistence::text,
+        ARRAY(SELECT a.attname || ' '
+                     || pg_catalog.replace(pg_catalog.format_type(a.atttypid, a.atttypmod), '\"', '')
                      || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
-                     || CASE WHEN a.attname = 'lock_id' AND a.attcollation <> 950
-                             THEN ' of another collation' ELSE '' END
               FROM pg_catalog.pg_attribute a
-              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
+              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+        ARRAY(SELECT a.attname::text
+              FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                AND (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef AND t.typdefault IS NULL
+                AND a.attidentity = ''),
+        (SELECT l.collname::text
+         FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation
+         WHERE a.attrelid = c.oid AND a.attname = 'lock_id' AND l.oid <> 950),
         EXISTS (SELECT FROM pg_catalog.pg_index i
                 WHERE i.indrelid = c.oid AND i.indisprimary AND i.indnkeyatts = 2
                   AND (SELECT attname FROM pg_catalog.pg_attribute \
                        WHERE attrelid = c.oid AND attnum = i.indkey[0]) = 'lock_id'
                   AND (SELECT attname FROM pg_catalog.pg_attribute \
                        WHERE attrelid = c.oid AND attnum = i.indkey[1]) = 'version'
-               ) AS key,
-        pg_catalog.row_security_active(c.oid) AS hides
+               ),
+        pg_catalog.row_security_active(c.oid),
+        CASE WHEN c.relreplident = 'n'
+               OR c.relreplident = 'i' AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i
+                                                       WHERE i.indrelid = c.oid AND i.indisreplident)
+             THEN ARRAY(SELECT p.pubname::text
+                        FROM pg_catalog.pg_publication p
+                        JOIN pg_catalog.pg_publication_tables t ON t.pubname = p.pubname
+                        WHERE p.pubupdate AND t.schemaname = n.nspname AND t.tablename = c.relname
+                        ORDER BY 1)
+             ELSE ARRAY[]::text[] END,
+        ARRAY(SELECT privilege FROM pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS privilege
+              WHERE EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                              AND NOT pg_catalog.has_column_privilege(c.oid, a.attnum, privilege)))
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relname = $2
 ) AS table_ ON true";
@@ -56,7 +84,7 @@ pub(super) fn create(table: &str) -> String {
              released_at       timestamptz,\n    \
              waiters           uuid[]           CHECK (array_ndims(waiters) = 1 AND array_lower(waiters, 1) = 1),\n    \
              PRIMARY KEY (lock_id, version)\n\
-         ) WITH (fillfactor = 70)"
+         ) USING heap WITH (fillfactor = 70)"
     )
 }
 
