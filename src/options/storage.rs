@@ -19,6 +19,44 @@ const MAX_CONNECTIONS: u32 = 1_000;
 /// Where and how locks are kept: the server, the table, the connections.
 ///
 /// Nothing is checked or opened before [`PostgresStorage::new`](crate::PostgresStorage::new).
+///
+/// # Roles
+///
+/// Three roles are enough: `owner` creates the table, `locker` uses the locks, and `viewer` reads the table.
+///
+/// ```sql
+/// -- As a superuser. How each role logs in is yours to add: a password, for example.
+/// CREATE ROLE owner LOGIN;
+/// CREATE ROLE locker LOGIN;
+/// CREATE ROLE viewer LOGIN;
+/// CREATE SCHEMA locks AUTHORIZATION owner;
+/// GRANT USAGE ON SCHEMA locks TO locker, viewer;
+/// ```
+///
+/// `owner` creates the table: it opens a storage, or a migration runs
+/// [`table_ddl`](crate::PostgresStorage::table_ddl).
+///
+/// ```sql
+/// -- As `owner`, when the table exists.
+/// GRANT SELECT, INSERT, UPDATE ON locks.storage_lock TO locker;
+/// GRANT SELECT ON locks.storage_lock TO viewer;
+/// ```
+///
+/// `locker` can do everything with locks, but can't create or drop the table. A role whose transactions are fenced
+/// needs `USAGE`, `SELECT` and `UPDATE`. A privilege on each column of the table counts as one on the table.
+///
+/// [`PostgresStorage::new`](crate::PostgresStorage::new) checks the rights of its role. If some are missing,
+/// [`Error::Table`](crate::Error::Table) names them all, with the `GRANT` to run. A storage is for locking, so `viewer`
+/// can't open one. It reads the table by SQL:
+///
+/// ```sql
+/// -- As `viewer`: the locks that are held, as `PostgresStorage::list` returns them.
+/// SELECT lock_id, owner_id, version, lock_begin_time, lease_expire_time,
+///        coalesce(cardinality(waiters), 0) AS waiters
+/// FROM locks.storage_lock
+/// WHERE released_at IS NULL AND lease_expire_time > clock_timestamp()
+/// ORDER BY lock_id;
+/// ```
 #[derive(Clone)]
 pub struct PostgresStorageOptions {
     server: ServerOptions,

@@ -78,7 +78,7 @@ impl PostgresStorage {
     /// - [`Error::InvalidOption`], before anything is opened;
     /// - [`Error::Connect`] and [`Error::Timeout`];
     /// - [`Error::Table`] if the schema or the table is missing, or the table isn't ours or can't keep locks, or the
-    ///   role has no right to use it;
+    ///   role has no right to use it: see [`PostgresStorageOptions`] for the roles;
     /// - [`Error::Database`] if the table can't be created, for example without `CREATE` on the schema.
     pub fn new(options: PostgresStorageOptions) -> Result<PostgresStorage> {
         let server = options.checked_server()?;

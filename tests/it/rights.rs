@@ -1,9 +1,10 @@
 //! What is checked before the first lock: the role's rights, and what else would make a statement fail later.
 
+use postgres::{Client, NoTls};
 use storage_lock::{Error, PostgresStorage, PostgresStorageOptions, StorageLock};
 use uuid::Uuid;
 
-use crate::support::{Table, chain, client, dsn, eventually};
+use crate::support::{Table, chain, client, dsn, eventually, is_refreshed, ms, short_lock, takes_at_most, waits_for};
 
 /// What is wrong with the table, as opening a storage says it.
 #[track_caller]
@@ -268,4 +269,97 @@ fn a_published_table_without_a_replica_identity_is_refused() {
         }
     }
     eventually("the database is free", || server.batch_execute(&format!("DROP DATABASE {database}")).is_ok());
+}
+
+/// The statements of a document's section on roles.
+fn statements(document: &str, margin: &str, heading: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(format!("{}/{document}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let text: String = text.lines().map(|line| format!("{}\n", line.strip_prefix(margin).unwrap_or(line))).collect();
+    let section = text.split_once(&format!("\n{heading} Roles\n")).unwrap().1;
+    let section = section.split("\n## ").next().unwrap();
+    let blocks = section.split("```sql\n").skip(1);
+    blocks.map(|block| block.split_once("```").unwrap().0.to_owned()).collect()
+}
+
+/// The same text with other words.
+fn with_names(text: &str, names: &[(&str, String)]) -> String {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_';
+    let words = text.split_inclusive(|c| !is_part(c));
+    let replaced = words.map(|word| {
+        let name = word.trim_end_matches(|c| !is_part(c));
+        let new = names.iter().find(|(old, _)| *old == name).map_or(name, |(_, new)| new);
+        format!("{new}{}", &word[name.len()..])
+    });
+    replaced.collect()
+}
+
+#[test]
+fn the_roles_of_the_readme_are_those_of_the_reference() {
+    let readme = statements("README.md", "", "##");
+    assert_eq!(readme.len(), 3);
+    assert_eq!(readme, statements("src/options/storage.rs", "/// ", "#"));
+}
+
+#[test]
+fn the_roles_of_the_readme_can_do_what_they_are_for_and_no_more() {
+    let id = format!("it_{}", Uuid::new_v4().simple());
+    let names = ["owner", "locker", "viewer", "locks"].map(|name| (name, format!("{id}_{name}")));
+    let [.., (_, schema)] = &names;
+    let [roles, grants, view] = <[String; 3]>::try_from(statements("README.md", "", "##")).unwrap();
+    let run = |client: &mut Client, sql: &str| client.batch_execute(&with_names(sql, &names));
+    let mut server = client();
+    run(&mut server, &roles).unwrap();
+    run(&mut server, "ALTER ROLE owner PASSWORD 'r'; ALTER ROLE locker PASSWORD 'r'; ALTER ROLE viewer PASSWORD 'r'")
+        .unwrap();
+    let dsn_of = |role: &str| format!("{} user={id}_{role} password=r", dsn());
+    let options = |role: &str| PostgresStorageOptions::from_dsn(&dsn_of(role)).schema(schema);
+    let client_of = |role: &str| Client::connect(&dsn_of(role), NoTls).unwrap();
+
+    // Nobody but the owner can create the table.
+    for role in ["locker", "viewer"] {
+        let error = PostgresStorage::new(options(role)).unwrap_err();
+        assert!(chain(&error).contains("permission denied for schema"), "{}", chain(&error));
+    }
+    drop(PostgresStorage::new(options("owner")).expect("the owner creates the table"));
+    run(&mut client_of("owner"), &grants).unwrap();
+
+    // Lock, refresh, wait, fence, list.
+    let [first, second] = [(), ()].map(|()| PostgresStorage::new(options("locker")).expect("open it as locker"));
+    let guard = short_lock(&first, "l", ms(5_000), ms(100)).lock("worker").unwrap();
+    is_refreshed(&guard);
+    let waiter = waits_for(&StorageLock::new(&second, "l").unwrap());
+    let listens = format!(
+        "SELECT count(*) FROM pg_stat_activity WHERE usename = '{id}_locker' AND state = 'idle' \
+         AND query LIKE 'LISTEN%'"
+    );
+    eventually("the waiter listens", || server.query_one(&listens, &[]).unwrap().get::<_, i64>(0) == 1);
+    let mut mine = client_of("locker");
+    let fenced = guard.transaction(&mut mine, |transaction| -> Result<(), Box<dyn std::error::Error>> {
+        Ok(transaction.batch_execute("SELECT 1")?)
+    });
+    fenced.expect("fence");
+    assert_eq!(first.list().unwrap().len(), 1);
+    let seen = client_of("viewer").query(&with_names(&view, &names), &[]).expect("the viewer reads");
+    assert_eq!(seen.len(), 1);
+    assert_eq!((seen[0].get("lock_id"), seen[0].get("version"), seen[0].get("waiters")), ("l", 1_i64, 1_i32));
+    guard.unlock().unwrap();
+    assert_eq!(takes_at_most(ms(3_000), "the notification", || waiter.join().unwrap()), 2);
+    assert!(client_of("viewer").query(&with_names(&view, &names), &[]).unwrap().is_empty());
+
+    // The viewer can't lock, and the locker can't drop.
+    let problem = problem(options("viewer"));
+    assert!(problem.contains("has no INSERT and no UPDATE on it"), "{problem}");
+    for (role, sql) in [
+        ("viewer", "UPDATE locks.storage_lock SET released_at = NULL"),
+        ("viewer", "SELECT FROM locks.storage_lock FOR KEY SHARE"),
+        ("locker", "DELETE FROM locks.storage_lock"),
+        ("locker", "DROP TABLE locks.storage_lock"),
+        ("locker", "CREATE TABLE locks.other ()"),
+    ] {
+        let error = run(&mut client_of(role), sql).expect_err(sql);
+        assert_eq!(error.code(), Some(&postgres::error::SqlState::INSUFFICIENT_PRIVILEGE), "{sql}: {error:?}");
+    }
+    drop((first, second, mine));
+    let drop_all = "DROP SCHEMA IF EXISTS locks CASCADE; DROP ROLE owner, locker, viewer";
+    eventually("the roles are free", || run(&mut server, drop_all).is_ok());
 }
