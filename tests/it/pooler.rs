@@ -13,6 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use postgres::{Client, Config, NoTls};
+use storage_lock::PostgresStorage;
 
 use crate::settings::{Role, recognises_its_table};
 use crate::support::{Table, dsn, is_refreshed, ms, short_lock, takes_at_most, within};
@@ -153,6 +154,34 @@ fn no_session_that_another_client_gets_listens_after_a_wait() {
     guard.unlock().unwrap();
     let lock = through.lock("l");
     takes_at_most(ms(5_000), "the next one's turn", || lock.lock("waiter").unwrap().unlock().unwrap());
+}
+
+/// The search path can't be set there.
+#[test]
+fn impostors_behind_a_pooler_do_not_judge_the_table() {
+    let schema = format!("evil_{}", uuid::Uuid::new_v4().simple());
+    let mut functions = format!("CREATE SCHEMA {schema};");
+    for (function, answer) in [
+        ("has_schema_privilege(oid, text) RETURNS bool", "false"),
+        ("has_column_privilege(oid, smallint, text) RETURNS bool", "false"),
+        ("row_security_active(oid) RETURNS bool", "true"),
+        ("format_type(oid, int) RETURNS text", "''x''"),
+        ("replace(text, text, text) RETURNS text", "''x''"),
+        ("unnest(text[]) RETURNS text", "''DELETE''"),
+        ("quote_ident(text) RETURNS text", "(1 / 0)::text"),
+    ] {
+        functions += &format!("CREATE FUNCTION {schema}.{function} LANGUAGE sql AS 'SELECT {answer}';");
+    }
+    let mut client = Client::connect(&dsn(), NoTls).unwrap();
+    client.batch_execute(&functions).unwrap();
+    let role = Role::with(&[&format!("search_path = {schema}, pg_catalog")]);
+    if let Some(pgbouncer) = Pgbouncer::before(&role.table.dsn, "") {
+        for _ in 0..2 {
+            PostgresStorage::new(Table::of(&pgbouncer.dsn, &role.table.name).options()).expect("it is in order");
+        }
+    }
+    drop(role);
+    client.batch_execute(&format!("DROP SCHEMA {schema} CASCADE")).unwrap();
 }
 
 /// Its settings can't be sent.
