@@ -71,7 +71,7 @@ pub struct PostgresStorageOptions {
 #[derive(Clone)]
 enum ServerOptions {
     /// The parsed DSN, or a text that says what a valid one looks like.
-    Dsn(Result<Dsn, String>),
+    Dsn(Result<Box<Dsn>, String>),
     Config(Source, Connect),
 }
 
@@ -96,7 +96,7 @@ impl PostgresStorageOptions {
     ///
     /// Environment variables (`PGHOST` and so on), service files and password files are not read.
     pub fn from_dsn(dsn: &str) -> Self {
-        Self::new(ServerOptions::Dsn(dsn::parse(dsn)))
+        Self::new(ServerOptions::Dsn(dsn::parse(dsn).map(Box::new)))
     }
 
     /// The server, as a configuration of the driver's, and a TLS connector of your own: `postgres_openssl`,
@@ -122,7 +122,7 @@ impl PostgresStorageOptions {
     /// of the first configuration.
     ///
     /// ```no_run
-    /// # fn token() -> std::io::Result<String> { unimplemented!() }
+    /// # fn token() -> std::io::Result<String> { Ok(String::new()) }
     /// use postgres::{Config, NoTls};
     /// use storage_lock::{PostgresStorage, PostgresStorageOptions};
     ///
@@ -241,9 +241,9 @@ impl PostgresStorageOptions {
         }
         let (source, connect): (Source, _) = match &self.server {
             ServerOptions::Dsn(Err(expected)) => return Err(invalid("dsn", HIDDEN, expected)),
-            ServerOptions::Dsn(Ok(Dsn { config, tls })) => {
-                let config = dsn::checked("dsn", config.clone())?;
-                (Arc::new(move || Ok(config.clone())), connect_as(tls.clone()))
+            ServerOptions::Dsn(Ok(dsn)) => {
+                let config = dsn::checked("dsn", dsn.config.clone())?;
+                (Arc::new(move || Ok(config.clone())), connect_as(dsn.tls.clone()))
             }
             ServerOptions::Config(source, connect) => (Arc::clone(source), Arc::clone(connect)),
         };

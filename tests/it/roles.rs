@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use storage_lock::{LockGuard, LockOptions, PostgresStorage, Result, StorageLock};
 
+use crate::doors;
 use crate::fence::{LEVELS, begin, set};
 use crate::fork;
 use crate::leaks;
@@ -40,6 +41,7 @@ fn child_process() {
         ("log slowly", []) => log_slowly(&table),
         ("panic at every line", []) => panic_at_every_line(&table),
         ("fork", []) => fork::fork(&table),
+        ("connect without a user", []) => doors::connect_without_a_user(&table),
         ("connect to a name", [port]) => networks::connect_to_a_name(&table, port.parse().unwrap()),
         ("no descriptor", []) => networks::no_descriptor(&table),
         ("hold twenty", []) => networks::hold_twenty(&table),

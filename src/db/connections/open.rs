@@ -20,6 +20,9 @@ const DESCRIPTORS: usize = 8;
 const REFUSED_OPTIONS: [SqlState; 3] =
     [SqlState::PROTOCOL_VIOLATION, SqlState::FEATURE_NOT_SUPPORTED, SqlState::UNDEFINED_OBJECT];
 
+/// What is missing in a container whose user is only a number.
+const NAMELESS: &str = "no user is named, and the one that runs this process has no name: set `user`";
+
 /// Opens a session with our start-up options, or without them if something on the way refuses them.
 pub(super) fn open(shared: &Shared, config: Config, logged_in: &dyn Fn()) -> Result<Session, Cause> {
     let route = Arc::clone(&shared.route);
@@ -27,6 +30,7 @@ pub(super) fn open(shared: &Shared, config: Config, logged_in: &dyn Fn()) -> Res
     let connect = |config: Config| {
         look_for_descriptors()?;
         (shared.server.connect)(&config)
+            .map_err(|cause| if is_nameless(&config, &cause) { NAMELESS.into() } else { cause })
     };
     let is_refusal = |cause: &Cause| {
         let code = cause.downcast_ref::<postgres::Error>().and_then(postgres::Error::code);
@@ -60,6 +64,16 @@ pub(super) fn open(shared: &Shared, config: Config, logged_in: &dyn Fn()) -> Res
         }
     };
     Ok(session)
+}
+
+/// Whether the client looked for the name of the user that runs this process, and there is none: it then fails before
+/// it says anything to the server.
+fn is_nameless(config: &Config, cause: &Cause) -> bool {
+    let error = cause.downcast_ref::<postgres::Error>();
+    let source = error.and_then(std::error::Error::source).and_then(|source| source.downcast_ref::<io::Error>());
+    let is_missing = source.is_some_and(|source| source.kind() == io::ErrorKind::NotFound);
+    // A socket that is missing is an error of connecting.
+    is_missing && config.get_user().is_none() && error.is_some_and(|it| it.to_string().contains("communicating"))
 }
 
 /// Fails if a connection's file descriptors are not available: the client would panic where it fails to get them.
