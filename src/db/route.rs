@@ -1,8 +1,11 @@
 //! What all sessions of a storage know of the way to the server. Uses `events` and `user_code`.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Instant, SystemTime};
 
 use crate::events::Events;
+use crate::sync::lock;
 use crate::user_code::log_at;
 
 /// What all sessions of a storage know of the way to the server.
@@ -16,6 +19,8 @@ pub(crate) struct Route {
     /// A connection broke, and none has been opened since then.
     pub(super) is_interrupted: AtomicBool,
     pub(crate) events: Events,
+    /// What the server's clock said last, and when this process read that.
+    clock: Mutex<Option<(SystemTime, Instant)>>,
 }
 
 impl Route {
@@ -26,6 +31,14 @@ impl Route {
     /// Notes that a connection was opened. True if one had broken before.
     pub(super) fn end_interruption(&self) -> bool {
         self.is_interrupted.swap(false, Ordering::Relaxed)
+    }
+
+    pub(super) fn clock(&self) -> Option<(SystemTime, Instant)> {
+        *lock(&self.clock)
+    }
+
+    pub(super) fn set_clock(&self, clock: (SystemTime, Instant)) {
+        *lock(&self.clock) = Some(clock);
     }
 
     /// Notes that a connection is silent.

@@ -24,22 +24,24 @@ mod rows;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use postgres::error::SqlState;
 use postgres::fallible_iterator::FallibleIterator;
 use postgres::types::Type;
-use postgres::{Client, IsolationLevel, Statement};
+use postgres::{IsolationLevel, Statement};
 use uuid::Uuid;
 
 use self::rows::{acquire_row, found, lock_information, time_left};
 use crate::db::answer::{Acquired, Claim, Fault, Found, Granted, LockInformation, RowWaiter};
 use crate::db::route::Route;
+use crate::db::server::Link;
 use crate::db::sql::{self, Sql};
 use crate::error::{Cause, Standby, is_serialization_failure};
 
 pub(crate) struct Session {
-    client: Client,
+    client: Link,
     /// The backend that has our prepared statements. None behind a pooler.
     backend: Option<i32>,
     /// The prepared statements, by name.
@@ -57,7 +59,7 @@ pub(crate) struct Session {
 impl Session {
     /// Makes a session of a new connection. `with_options` says that [`sql::SESSION_OPTIONS`] were sent.
     pub(crate) fn new(
-        mut client: Client,
+        mut client: Link,
         with_options: bool,
         route: Arc<Route>,
         generation: usize,
@@ -71,8 +73,7 @@ impl Session {
             route.recognise_pooler("it dropped the start-up options");
         }
         let backend = if with_options && is_direct { Some(row.try_get(0)?) } else { None };
-        let clock = (time, Instant::now());
-        Ok(Session {
+        let session = Session {
             client,
             backend,
             statements: HashMap::new(),
@@ -80,8 +81,29 @@ impl Session {
             route,
             generation,
             is_broken: false,
-            clock,
-        })
+            clock: (time, Instant::now()),
+        };
+        session.route.set_clock(session.clock);
+        Ok(session)
+    }
+
+    /// Makes a session for one call, on a connection that a pool of the caller's lends. Nothing of the connection's
+    /// own state is changed, and nothing is asked but for the first time.
+    pub(crate) fn lent(client: Link, route: Arc<Route>) -> Result<Session, Cause> {
+        let generation = route.generation.load(Ordering::Relaxed);
+        let Some(clock) = route.clock() else { return Session::new(client, false, route, generation) };
+        let (statements, unprepared, is_broken) = (HashMap::new(), None, false);
+        Ok(Session { client, backend: None, statements, unprepared, route, generation, is_broken, clock })
+    }
+
+    /// Whether the connection has to go back to a pool after the call.
+    pub(crate) fn is_lent(&self) -> bool {
+        matches!(self.client, Link::Lent(_))
+    }
+
+    fn set_clock(&mut self, time: SystemTime) {
+        self.clock = (time, Instant::now());
+        self.route.set_clock(self.clock);
     }
 
     /// One attempt in one statement. A waiter keeps to the order of the row, and is in the row afterwards if the lock
@@ -114,7 +136,7 @@ impl Session {
             Ok(row) => row,
         };
         let now = row.try_get(3)?;
-        self.clock = (now, Instant::now());
+        self.set_clock(now);
         if !row.try_get::<_, bool>(11)? {
             return Ok(Acquired::TooLate);
         }
@@ -205,7 +227,7 @@ impl Session {
             Err(Fault::Postgres(error)) if is_serialization_failure(&error) => return Ok(None),
             row => row?,
         };
-        self.clock = (row.try_get(3)?, Instant::now());
+        self.set_clock(row.try_get(3)?);
         let Some(version) = row.try_get(1)? else { return Ok(None) };
         Ok(Some(Granted { version, sent, left: time_left(&row, 2, 3)?, is_wanted: row.try_get(4)? }))
     }

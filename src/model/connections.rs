@@ -22,6 +22,10 @@ impl Connections {
         Duration::from_secs(5)
     }
 
+    pub(crate) fn for_listening(&self) -> Option<Connections> {
+        Some(self.clone())
+    }
+
     pub(crate) fn suspect(&self) {}
 
     pub(crate) fn open(&self, prepare: impl Fn(&mut Session) -> Result<(), postgres::Error>) -> Result<Session> {

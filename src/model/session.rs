@@ -364,6 +364,10 @@ impl Session {
         true
     }
 
+    pub(crate) fn is_lent(&self) -> bool {
+        false
+    }
+
     pub(crate) fn is_usable(&self) -> bool {
         !self.is_broken
     }

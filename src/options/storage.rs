@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Config, Socket};
+use r2d2_postgres::PostgresConnectionManager;
 
 use super::check_identifier;
 use super::dsn::{self, Dsn, HIDDEN};
-use crate::db::server::{Connect, Server, Source, connect_with};
+use crate::db::server::{Connect, Lend, Server, Source, connect_with, lend_from};
 use crate::db::tls::connect_as;
 use crate::error::{Cause, Result, invalid};
 use crate::events::{Event, Events};
@@ -73,6 +74,8 @@ enum ServerOptions {
     /// The parsed DSN, or a text that says what a valid one looks like.
     Dsn(Result<Box<Dsn>, String>),
     Config(Source, Connect),
+    /// The pool, and what opens the connection that listens.
+    Pool(Lend, Option<Box<PostgresStorageOptions>>),
 }
 
 impl PostgresStorageOptions {
@@ -147,6 +150,49 @@ impl PostgresStorageOptions {
     {
         let source: Source = Arc::new(move || Ok(dsn::checked("config", config().map_err(Into::into)?)?));
         Self::new(ServerOptions::Config(source, connect_with(tls)))
+    }
+
+    /// A pool of yours, from which each call takes one connection, for as long as the call lasts.
+    ///
+    /// Nothing of a connection's state is changed, and no statement is prepared on it, so that it may go through a
+    /// pooler as well. `max_connections` is how many connections are taken from the pool simultaneously: let the pool
+    /// have more, or keep some free. A pool that stays empty delays calls for 5 s each, and then fails them, and a hold
+    /// whose refreshes find no connection is lost at its deadline, which is told as any loss.
+    ///
+    /// Processes that wait for each other poll, because listening needs a connection of its own; with
+    /// [`listen_with`](Self::listen_with) they are notified.
+    ///
+    /// ```no_run
+    /// use postgres::NoTls;
+    /// use r2d2_postgres::PostgresConnectionManager;
+    /// use storage_lock::{PostgresStorage, PostgresStorageOptions};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let manager = PostgresConnectionManager::new("host=db user=app".parse()?, NoTls);
+    /// let pool = r2d2::Pool::new(manager)?;
+    /// let storage = PostgresStorage::new(PostgresStorageOptions::from_pool(pool))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn from_pool<T>(pool: r2d2::Pool<PostgresConnectionManager<T>>) -> Self
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::TlsConnect: Send,
+        T::Stream: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        Self::new(ServerOptions::Pool(lend_from(pool), None))
+    }
+
+    /// With [`from_pool`](Self::from_pool): the server, as these other options have it, for one more connection, which
+    /// listens for releases while threads wait. Default: none, and waiting polls. Of the other options only the server
+    /// counts. Without a pool it is ignored.
+    #[must_use]
+    pub fn listen_with(mut self, server: PostgresStorageOptions) -> Self {
+        if let ServerOptions::Pool(_, listening) = &mut self.server {
+            *listening = Some(Box::new(server));
+        }
+        self
     }
 
     fn new(server: ServerOptions) -> Self {
@@ -239,6 +285,10 @@ impl PostgresStorageOptions {
         if !(1..=MAX_CONNECTIONS).contains(&self.max_connections) {
             return Err(invalid("max_connections", self.max_connections, format!("1 to {MAX_CONNECTIONS}")));
         }
+        self.server()
+    }
+
+    fn server(&self) -> Result<Server> {
         let (source, connect): (Source, _) = match &self.server {
             ServerOptions::Dsn(Err(expected)) => return Err(invalid("dsn", HIDDEN, expected)),
             ServerOptions::Dsn(Ok(dsn)) => {
@@ -246,8 +296,13 @@ impl PostgresStorageOptions {
                 (Arc::new(move || Ok(config.clone())), connect_as(dsn.tls.clone()))
             }
             ServerOptions::Config(source, connect) => (Arc::clone(source), Arc::clone(connect)),
+            ServerOptions::Pool(lend, listening) => {
+                let listening = listening.as_ref().map(|options| options.server()).transpose()?;
+                return Ok(Server::of_pool(lend, listening));
+            }
         };
-        let mut server = Server { source, connect, connect_timeout: Duration::ZERO, hosts: 0 };
+        let mut server =
+            Server { pool: None, listening: None, source, connect, connect_timeout: Duration::ZERO, hosts: 0 };
         let config = server.config()?;
         server.connect_timeout = config.get_connect_timeout().copied().unwrap_or(dsn::DEFAULT_CONNECT_TIMEOUT);
         server.hosts = config.get_hosts().len().max(config.get_hostaddrs().len());

@@ -76,11 +76,15 @@ impl Listener {
         if state.has_thread || state.is_pooled || state.is_closed {
             return;
         }
+        let Some(connections) = connections.for_listening() else {
+            state.is_pooled = true;
+            return;
+        };
         state.has_thread = true;
         drop(state);
         // If no thread can be started, the closure drops it.
         let running = ListenerThread { listener: Arc::clone(self), queues: Arc::clone(queues) };
-        let (connections, health) = (connections.clone(), Arc::clone(health));
+        let health = Arc::clone(health);
         let run = move || user_code::call(|| running.run(&connections, &health));
         if let Err(error) = thread::Builder::new().name("lock-listen".to_owned()).spawn(run) {
             log_at!(debug, "cannot start a thread: {}", chain(&error));

@@ -32,6 +32,7 @@ mod many;
 mod networks;
 mod notify;
 mod pair;
+mod pool;
 mod pooler;
 mod processes;
 mod queue;

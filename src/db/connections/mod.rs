@@ -52,6 +52,8 @@ pub(crate) struct Connections(Arc<Shared>);
 
 struct Shared {
     server: Server,
+    /// With a pool, what opens the connection that listens.
+    listening: Option<Connections>,
     route: Arc<Route>,
     /// How many addresses the last attempt found, for the hosts that it came to.
     addresses: AtomicUsize,
@@ -73,6 +75,7 @@ struct State {
 impl Connections {
     pub(crate) fn new(server: Server, events: Events) -> Connections {
         Connections(Arc::new(Shared {
+            listening: server.listening.clone().map(|server| Connections::new(*server, events.clone())),
             server,
             route: Arc::new(Route::new(events)),
             addresses: AtomicUsize::new(0),
@@ -93,6 +96,11 @@ impl Connections {
         self.0.server.connect_timeout.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)) + SLACK
     }
 
+    /// What opens the connection that listens; none if there is to be none.
+    pub(crate) fn for_listening(&self) -> Option<Connections> {
+        if self.0.server.pool.is_some() { self.0.listening.clone() } else { Some(self.clone()) }
+    }
+
     /// Notes that a connection is silent.
     pub(crate) fn suspect(&self) {
         self.0.route.suspect();
@@ -103,6 +111,14 @@ impl Connections {
         &self,
         prepare: impl Fn(&mut Session) -> Result<(), postgres::Error> + Clone + Send + 'static,
     ) -> Result<Session> {
+        if let Some(lend) = &self.0.server.pool {
+            let borrowed = lend(self.0.server.connect_timeout).and_then(|link| {
+                let mut session = Session::lent(link, Arc::clone(&self.0.route))?;
+                prepare(&mut session)?;
+                Ok(session)
+            });
+            return borrowed.map_err(|source| Error::Connect { address: "(the pool)".to_owned(), source });
+        }
         let config = self.0.server.config()?;
         let is_shuffled = config.get_load_balance_hosts() == LoadBalanceHosts::Random;
         let (mut addresses, mut silent, mut failed) = (0, Vec::new(), Vec::new());

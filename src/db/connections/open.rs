@@ -10,6 +10,7 @@ use postgres::Config;
 use postgres::error::SqlState;
 
 use super::Shared;
+use crate::db::server::Link;
 use crate::db::session::Session;
 use crate::db::sql;
 use crate::error::Cause;
@@ -39,7 +40,7 @@ pub(super) fn open(shared: &Shared, config: Config, logged_in: &dyn Fn()) -> Res
     let session = if route.is_pooled.load(Ordering::Relaxed) {
         let client = connect(config)?;
         logged_in();
-        Session::new(client, false, route, generation)?
+        Session::new(Link::Own(client), false, route, generation)?
     } else {
         let mut with_options = config.clone();
         with_options.options(
@@ -54,12 +55,12 @@ pub(super) fn open(shared: &Shared, config: Config, logged_in: &dyn Fn()) -> Res
                 let client = connect(config)?;
                 logged_in();
                 route.recognise_pooler("it refused the start-up options");
-                Session::new(client, false, route, generation)?
+                Session::new(Link::Own(client), false, route, generation)?
             }
             opened => {
                 let client = opened?;
                 logged_in();
-                Session::new(client, true, route, generation)?
+                Session::new(Link::Own(client), true, route, generation)?
             }
         }
     };

@@ -140,7 +140,8 @@ impl Worker {
             }
             let is_usable;
             (state, is_usable) = self.run_task(state, &mut session, task, now, now.duration_since(idle_since));
-            if !is_usable {
+            // A pool of the caller's gets its connection back after each call.
+            if !is_usable || session.is_lent() {
                 break;
             }
             if !state.ordinary.is_empty() {
@@ -187,7 +188,7 @@ impl Worker {
             drop(contained(session, Session::prepare));
             return (lock(&self.shared.state), true);
         }
-        if !session.is_usable() || state.is_closed || now >= until {
+        if !session.is_usable() || session.is_lent() || state.is_closed || now >= until {
             return (state, false);
         }
         (wait_until(&self.shared.wake, state, until), true)

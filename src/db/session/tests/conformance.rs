@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use postgres::Client;
 use proptest::prelude::*;
 
 use super::races::{Table, client, session};

@@ -8,7 +8,7 @@ use std::sync::{Condvar, Mutex};
 use std::thread;
 
 use postgres::types::ToSql;
-use postgres::{Config, NoTls};
+use postgres::{Client, Config, NoTls};
 
 use super::*;
 
@@ -48,7 +48,7 @@ pub(super) fn client() -> Client {
 pub(super) fn session() -> Session {
     let mut config: Config = dsn().parse().unwrap();
     config.options(sql::SESSION_OPTIONS);
-    Session::new(config.connect(NoTls).unwrap(), true, Arc::default(), 0).unwrap()
+    Session::new(Link::Own(config.connect(NoTls).unwrap()), true, Arc::default(), 0).unwrap()
 }
 
 fn claim(lock_id: &str, lease: Duration) -> Claim {
@@ -162,7 +162,7 @@ fn a_first_hold_is_created_under_read_committed_whatever_the_default_is() {
     for level in ["repeatable\\ read", "serializable"] {
         let mut config: Config = dsn().parse().unwrap();
         config.options(&format!("-c default_transaction_isolation={level} -c default_transaction_read_only=on"));
-        let mut creator = Session::new(config.connect(NoTls).unwrap(), false, Arc::default(), 0).unwrap();
+        let mut creator = Session::new(Link::Own(config.connect(NoTls).unwrap()), false, Arc::default(), 0).unwrap();
         assert!(matches!(creator.create(&table.sql, &claim(level, LONG)).unwrap(), Acquired::Taken { .. }));
     }
     let seen: Vec<String> = client()
@@ -871,7 +871,7 @@ fn a_takeover_and_a_hand_over_at_the_moment_of_expiry_never_both_succeed() {
 fn a_claim_whose_time_is_over_takes_nothing_and_stands_nowhere_also_if_it_is_sent_then() {
     let second = Duration::from_secs(1);
     let over = |lock_id: &str| Claim { expires: Instant::now().checked_sub(second).unwrap(), ..claim(lock_id, LONG) };
-    let pooled = || Session::new(client(), false, Arc::default(), 0).unwrap();
+    let pooled = || Session::new(Link::Own(client()), false, Arc::default(), 0).unwrap();
     for mut session in [session(), pooled()] {
         let table = Table::new();
         let too_late = |acquired: Result<Acquired, Fault>| assert!(matches!(acquired.unwrap(), Acquired::TooLate));
