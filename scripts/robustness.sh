@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
 # Hurts real clients and a real server in every way that we know, and judges what the clients saw: see tests/robustness.
 #
-#   scripts/robustness.sh [--minutes N] [--seed S] [--seeds N]
+#   scripts/robustness.sh [--tls] [--minutes N] [--seed S] [--seeds N]
 #
 # Without options it runs the twenty seeds that the tests run. --seed S runs one seed again, or begins with it where
-# --minutes or --seeds is given too; --minutes N goes on with further seeds for so long. Needs PostgreSQL's binaries,
-# as
-# scripts/with-postgres.sh does; it starts servers of its own. With libfaketime (scripts/install-test-tools.sh) the workers'
-# wall clocks are moved too. The histories of a run that breaks a rule stay in target/tmp/robustness.
+# --minutes or --seeds is given too; --minutes N goes on with further seeds for so long. With --tls all connections of
+# the library's use TLS. Needs PostgreSQL's binaries, as scripts/with-postgres.sh does; it starts servers of its own.
+# With libfaketime (scripts/install-test-tools.sh) the workers' wall clocks are moved too. The histories of a run that
+# breaks a rule stay in target/tmp/robustness.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 usage() {
-  echo "usage: ${0##*/} [--minutes N] [--seed S] [--seeds N]" >&2
+  echo "usage: ${0##*/} [--tls] [--minutes N] [--seed S] [--seeds N]" >&2
   exit 2
 }
-seed='' seeds='' minutes=''
+seed='' seeds='' minutes='' features=()
+if [ "${1-}" = --tls ]; then
+  export STORAGE_LOCK_ROBUSTNESS_TLS=yes
+  features=(--features tls)
+  shift
+fi
 while [ $# -gt 0 ]; do
   [[ ${2-} =~ ^[0-9]+$ ]] || usage
   case $1 in
@@ -34,4 +39,4 @@ for name in seed seeds minutes; do
     export "STORAGE_LOCK_ROBUSTNESS_${name^^}=${!name}"
   fi
 done
-exec cargo test --locked --test robustness whatever_is_hurt -- --nocapture
+exec cargo test --locked ${features[@]+"${features[@]}"} --test robustness whatever_is_hurt -- --nocapture

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command with a PostgreSQL server to talk to, so that nobody has to set one up first.
 #
-#   scripts/with-postgres.sh [--fast] [--standby sync|async] [-c NAME=VALUE]… COMMAND [ARGUMENT…]
+#   scripts/with-postgres.sh [--fast] [--tls] [--standby sync|async] [-c NAME=VALUE]… COMMAND [ARGUMENT…]
 #
 # The command finds the server in STORAGE_LOCK_POSTGRESQL_DSN. If that variable is set already, its server is used
 # and nothing is started. Otherwise a throwaway cluster is started from the PostgreSQL binaries of this machine, on a
@@ -10,6 +10,7 @@
 # the command also gets STORAGE_LOCK_POSTGRESQL_CTL, a program that runs pg_ctl on it ("$…_CTL" restart -m fast).
 #
 # --fast gives up durability (fsync = off): for tests that don't crash the server. Default: durable.
+# --tls lets the server take TLS too, with a certificate that it signed by itself. Needs `openssl`.
 # --standby starts a second server too, which follows the first one by streaming replication; with sync, what is
 #   committed waits for it. The DSN names both, the first one first, and asks for the one that can be written to.
 #   STORAGE_LOCK_POSTGRESQL_STANDBY_CTL runs pg_ctl on the standby ("$…_STANDBY_CTL" promote).
@@ -18,16 +19,21 @@ set -euo pipefail
 
 readonly name=${0##*/}
 usage() {
-  echo "usage: $name [--fast] [--standby sync|async] [-c NAME=VALUE]... COMMAND [ARGUMENT...]" >&2
+  echo "usage: $name [--fast] [--tls] [--standby sync|async] [-c NAME=VALUE]... COMMAND [ARGUMENT...]" >&2
   exit 2
 }
 fast=
+tls=
 standby=
 settings=()
 while :; do
   case ${1-} in
     --fast)
       fast=yes
+      shift
+      ;;
+    --tls)
+      tls=yes
       shift
       ;;
     --standby)
@@ -208,6 +214,14 @@ fi
   --auth=password --encoding=UTF8 --locale=C --no-sync >"$folder/initdb.log" 2>&1 9>&- ||
   die "initdb failed: $(cat "$folder/initdb.log")"
 rm "$own/password"
+if [ -n "$tls" ]; then
+  (
+    cd "$own/data"
+    "$folder/as-server-user" openssl req -new -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost \
+      -keyout "$own/data/server.key" -out "$own/data/server.crt"
+  ) >"$folder/openssl.log" 2>&1 || die "no certificate can be made: $(cat "$folder/openssl.log")"
+  settings+=(ssl=on)
+fi
 {
   echo "listen_addresses = '127.0.0.1'"
   echo "unix_socket_directories = '$own'"

@@ -10,6 +10,7 @@ use crate::processes::wall_clock;
 use crate::run::{FAULTS, Report, TIMES, WORKERS, one_at_a_time, run};
 use crate::support::server::Server;
 use crate::verdict::Counts;
+use crate::workload::uses_tls;
 
 /// How many seeds run where nobody says otherwise.
 const SEEDS: u64 = 20;
@@ -33,7 +34,11 @@ fn whatever_is_hurt_the_verdict_holds() {
     let enough = number("ENOUGH").unwrap_or(ENOUGH);
     let minutes = minutes.map(|minutes| Duration::from_secs(60 * minutes));
     // Several runs may be ending at once.
-    let server = Arc::new(Mutex::new(Server::start_with(&["-c", "max_connections=160"])));
+    let mut options = vec!["-c", "max_connections=160"];
+    if uses_tls() {
+        options.push("--tls");
+    }
+    let server = Arc::new(Mutex::new(Server::start_with(&options)));
     let (start, mut counts, mut used) = (Instant::now(), Counts::default(), BTreeSet::new());
     let (mut judged, mut broken) = (0, Vec::new());
     let mut see = |report: Report| {
