@@ -371,8 +371,8 @@
 //! host=db1,db2 port=5432,5432 user=app password=secret dbname=app target_session_attrs=read-write
 //! ```
 //!
-//! Without `target_session_attrs=read-write` the library uses a standby that answers first. Such a standby refuses
-//! every attempt, and grants nothing (test `a_standby_is_not_used_before_it_is_promoted`).
+//! The library passes over a standby that answers first, whether or not the DSN says `target_session_attrs=read-write`
+//! (test `a_standby_is_not_used_before_it_is_promoted`).
 //!
 //! Before the standby is promoted, make sure that the old primary is dead, or can't be reached. An old primary that is
 //! still running also grants locks, to every client that reaches it (split brain), unless it waits for a synchronous

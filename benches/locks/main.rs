@@ -24,6 +24,7 @@ mod server;
 #[path = "../../src/db/sql/mod.rs"]
 mod sql;
 
+mod encrypted;
 mod fenced;
 mod large_table;
 mod long_transaction;
@@ -41,7 +42,7 @@ use std::process::ExitCode;
 use context::Context;
 use figures::Section;
 
-const USAGE: &str = "usage: cargo bench -- [--short] [--out FOLDER] [b1 b2 b3 b4 b5 b6 b7 b8 b9]";
+const USAGE: &str = "usage: cargo bench -- [--short] [--out FOLDER] [b1 b2 b3 b4 b5 b6 b7 b8 b9 b10]";
 
 struct Benchmark {
     id: &'static str,
@@ -57,7 +58,7 @@ const ROLES: [(&str, child::Run); 4] = [
     (thousand::ROLE, thousand::child),
 ];
 
-const BENCHMARKS: [Benchmark; 9] = [
+const BENCHMARKS: [Benchmark; 10] = [
     Benchmark { id: "B1", title: "lock and unlock, nobody else", run: uncontended::run },
     Benchmark { id: "B2", title: "ten threads of one process, one lock", run: threads::run },
     Benchmark { id: "B3", title: "eight processes with two threads each, one lock", run: processes::run },
@@ -67,6 +68,7 @@ const BENCHMARKS: [Benchmark; 9] = [
     Benchmark { id: "B7", title: "lock and unlock beside a million other locks", run: large_table::run },
     Benchmark { id: "B8", title: "64 locks, 16 threads of one process", run: many_locks::run },
     Benchmark { id: "B9", title: "a one-row transaction that is fenced", run: fenced::run },
+    Benchmark { id: "B10", title: "lock and unlock over TLS", run: encrypted::run },
 ];
 
 fn main() -> ExitCode {

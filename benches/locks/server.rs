@@ -37,8 +37,16 @@ impl Table {
         self.open(|options| options.max_connections(max_connections))
     }
 
+    /// One whose connections have these options.
+    pub fn storage_with(&self, options: &str) -> PostgresStorage {
+        let options = PostgresStorageOptions::from_dsn(&format!("{} {options}", self.dsn)).table_name(&self.name);
+        PostgresStorage::new(options).expect("open the storage")
+    }
+
     fn open(&self, change: impl FnOnce(PostgresStorageOptions) -> PostgresStorageOptions) -> PostgresStorage {
-        let options = PostgresStorageOptions::from_dsn(&self.dsn).table_name(&self.name);
+        // Without TLS, as the yardsticks.
+        let dsn = format!("{} sslmode=disable", self.dsn);
+        let options = PostgresStorageOptions::from_dsn(&dsn).table_name(&self.name);
         PostgresStorage::new(change(options)).expect("open the storage")
     }
 
