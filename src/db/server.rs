@@ -58,9 +58,9 @@ pub(crate) struct Server {
     pub(crate) listening: Option<Box<Server>>,
     pub(crate) source: Source,
     pub(crate) connect: Connect,
-    /// For each address of each host.
+    /// What is known before the configuration is asked for: its time for each address of each host, and how many
+    /// hosts it has.
     pub(crate) connect_timeout: Duration,
-    /// How many hosts the first configuration has.
     pub(crate) hosts: usize,
 }
 
@@ -83,14 +83,8 @@ impl Server {
     /// The configuration for the next connection.
     pub(crate) fn config(&self) -> Result<Config> {
         let config = user_code::call(|| (self.source)());
-        config.unwrap_or_else(|| Err("what was given to from_config_with panicked".into())).map_err(|cause| {
-            // The configuration was returned, and can't be used.
-            let source = match cause.downcast::<Error>() {
-                Ok(error) => return *error,
-                Err(source) => source,
-            };
-            Error::Connect { address: "(no configuration)".to_owned(), source }
-        })
+        let config = config.unwrap_or_else(|| Err("what was given to from_config_with panicked".into()));
+        config.map_err(|source| Error::Connect { address: "(no configuration)".to_owned(), source })
     }
 }
 
@@ -119,8 +113,8 @@ where
 /// Whether the configuration names the socket of a server on this machine.
 pub(crate) fn is_local(config: &Config) -> bool {
     #[cfg(unix)]
-    let is_local = config.get_hosts().iter().any(|host| matches!(host, Host::Unix(_)));
+    let is_local = config.get_hostaddrs().is_empty() && matches!(config.get_hosts(), [Host::Unix(_)]);
     #[cfg(not(unix))]
-    let is_local = config.get_hosts().is_empty() && false;
+    let is_local = false;
     is_local
 }

@@ -7,6 +7,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+#[cfg(feature = "tls")]
+use postgres::config::Host;
 use postgres::config::SslMode;
 use postgres::{Client, Config, NoTls};
 
@@ -82,13 +84,17 @@ fn connect(_: &TlsOptions, config: &Config) -> Result<Client, Cause> {
 
 #[cfg(feature = "tls")]
 fn connect(options: &TlsOptions, config: &Config) -> Result<Client, Cause> {
-    let with = |mode| {
-        let connector = openssl::connector(options)?;
-        connect_with(connector)(config.clone().ssl_mode(mode))
-    };
+    if options.mode == TlsMode::Disable {
+        return plain(config);
+    }
+    if options.mode == TlsMode::VerifyFull {
+        check_name(config)?;
+    }
+    // What is wrong with our own files is no reason to go on without TLS.
+    let connector = openssl::connector(options)?;
+    let with = |mode| connect_with(connector.clone())(config.clone().ssl_mode(mode));
     match options.mode {
-        TlsMode::Disable => plain(config),
-        TlsMode::Allow => {
+        TlsMode::Disable | TlsMode::Allow => {
             plain(config).or_else(|cause| if is_of_server(&cause) { with(SslMode::Require) } else { Err(cause) })
         }
         TlsMode::Prefer => with(SslMode::Prefer).or_else(|cause| {
@@ -97,6 +103,14 @@ fn connect(options: &TlsOptions, config: &Config) -> Result<Client, Cause> {
         }),
         TlsMode::Require | TlsMode::VerifyCa | TlsMode::VerifyFull => with(SslMode::Require),
     }
+}
+
+/// Refuses what OpenSSL takes for any name, or for any name that ends so.
+#[cfg(feature = "tls")]
+fn check_name(config: &Config) -> Result<(), Cause> {
+    let is_name = |host: &Host| matches!(host, Host::Tcp(name) if !name.is_empty() && !name.starts_with('.'));
+    let are_names = !config.get_hosts().is_empty() && config.get_hosts().iter().all(is_name);
+    if are_names { Ok(()) } else { Err("sslmode=verify-full needs the host's name or address".into()) }
 }
 
 /// Whether the server said this.
@@ -114,34 +128,43 @@ fn is_unreachable(cause: &Cause) -> bool {
 
 #[cfg(feature = "tls")]
 mod openssl {
-    use std::fs;
+    use std::fs::{self, File};
+    use std::io::Read;
     use std::path::{Path, PathBuf};
 
-    use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslVerifyMode};
+    use openssl::pkey::{PKey, Private};
+    use openssl::ssl::{SslConnector, SslMethod, SslVerifyMode, SslVersion};
     use openssl::x509::X509;
-    use openssl::x509::store::X509StoreBuilder;
+    use openssl::x509::store::{X509Store, X509StoreBuilder};
     use postgres_openssl::{MakeTlsConnector, set_postgresql_alpn};
 
     use super::{RootCertificates, TlsMode, TlsOptions};
     use crate::error::Cause;
 
+    /// More than any file of certificates has.
+    const MAX_FILE_BYTES: u64 = 16 << 20;
+
     pub(super) fn connector(options: &TlsOptions) -> Result<MakeTlsConnector, Cause> {
         let mut builder = SslConnector::builder(SslMethod::tls_client())?;
+        // As libpq.
+        builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
         set_postgresql_alpn(&mut builder)?;
-        let root = root_certificates(options)?;
-        match &root {
-            Some(RootCertificates::File(file)) => builder.set_cert_store(store_of(file)?),
+        match root_certificates(options)? {
+            Some(RootCertificates::File(file)) => builder.set_cert_store(store_of(&file)?),
             // The builder has those of this machine.
             Some(RootCertificates::System) => {}
             None => builder.set_verify(SslVerifyMode::NONE),
         }
         if let Some((certificate, key)) = client_certificate(options) {
-            builder
-                .set_certificate_chain_file(&certificate)
-                .map_err(|error| unusable("sslcert", &certificate, error))?;
-            check_permissions(&key)?;
-            builder.set_private_key_file(&key, SslFiletype::PEM).map_err(|error| unusable("sslkey", &key, error))?;
-            builder.check_private_key().map_err(|error| unusable("sslkey", &key, error))?;
+            let mut chain = certificates("sslcert", &certificate)?.into_iter();
+            if let Some(own) = chain.next() {
+                builder.set_certificate(&own)?;
+            }
+            for next in chain {
+                builder.add_extra_chain_cert(next)?;
+            }
+            let set = builder.set_private_key(&*private_key(&key)?);
+            set.map_err(|_| unusable("sslkey", "it is not the key of the certificate"))?;
         }
         let (is_named, sends_name) = (options.mode == TlsMode::VerifyFull, options.sends_name);
         let mut connector = MakeTlsConnector::new(builder.build());
@@ -188,45 +211,73 @@ mod openssl {
         Some(Path::new(&home).join(".postgresql").join(name))
     }
 
-    fn store_of(file: &Path) -> Result<openssl::x509::store::X509Store, Cause> {
-        let pem = fs::read(file).map_err(|error| unusable("sslrootcert", file, error))?;
-        let certificates = X509::stack_from_pem(&pem).map_err(|error| unusable("sslrootcert", file, error))?;
-        if certificates.is_empty() {
-            return Err(unusable("sslrootcert", file, "there is no certificate in it"));
+    fn store_of(file: &Path) -> Result<X509Store, Cause> {
+        if in_home("root.crl").is_some_and(|file| file.exists()) {
+            return Err("revocation lists are not supported, and there is one: ~/.postgresql/root.crl".into());
         }
         let mut store = X509StoreBuilder::new()?;
-        for certificate in certificates {
+        for certificate in certificates("sslrootcert", file)? {
             store.add_cert(certificate)?;
         }
         Ok(store.build())
     }
 
+    fn certificates(option: &str, file: &Path) -> Result<Vec<X509>, Cause> {
+        let certificates = X509::stack_from_pem(&read(option, file)?);
+        let certificates = certificates.map_err(|_| unusable(option, "it is not made of certificates in PEM"))?;
+        if certificates.is_empty() {
+            return Err(unusable(option, "there is no certificate in it"));
+        }
+        Ok(certificates)
+    }
+
+    fn private_key(file: &Path) -> Result<PKey<Private>, Cause> {
+        let pem = read("sslkey", file)?;
+        let mut is_asked = false;
+        // OpenSSL would ask for the password on the terminal, or on the program's standard input.
+        let key = PKey::private_key_from_pem_callback(&pem, |_| {
+            is_asked = true;
+            Ok(0)
+        });
+        let why = if is_asked { "it has a password, which is not supported" } else { "it is not a key in PEM" };
+        key.map_err(|_| unusable("sslkey", why))
+    }
+
+    /// Reads a file, of which a key has to be its owner's alone.
+    fn read(option: &str, file: &Path) -> Result<Vec<u8>, Cause> {
+        let metadata = fs::metadata(file).map_err(|error| unusable(option, error))?;
+        // Others, such as a pipe, may have no end.
+        if !metadata.is_file() {
+            return Err(unusable(option, "it is not a file"));
+        }
+        if option == "sslkey" {
+            check_permissions(&metadata)?;
+        }
+        let mut content = Vec::new();
+        let read = File::open(file).and_then(|file| file.take(MAX_FILE_BYTES).read_to_end(&mut content));
+        read.map_err(|error| unusable(option, error))?;
+        Ok(content)
+    }
+
     /// Refuses a key that others can read, by libpq's rule: nobody but its owner; or, of a key that root owns, its
     /// group too.
     #[cfg(unix)]
-    fn check_permissions(key: &Path) -> Result<(), Cause> {
+    fn check_permissions(key: &fs::Metadata) -> Result<(), Cause> {
         use std::os::unix::fs::MetadataExt;
-        let metadata = fs::metadata(key).map_err(|error| unusable("sslkey", key, error))?;
-        let forbidden = if metadata.uid() == 0 { 0o037 } else { 0o077 };
-        if !metadata.is_file() {
-            return Err(unusable("sslkey", key, "it is not a file"));
+        let forbidden = if key.uid() == 0 { 0o037 } else { 0o077 };
+        if key.mode() & forbidden == 0 {
+            return Ok(());
         }
-        if metadata.mode() & forbidden != 0 {
-            return Err(unusable(
-                "sslkey",
-                key,
-                "others can read it: its permissions have to be 0600 or less (0640 if root owns it)",
-            ));
-        }
-        Ok(())
+        Err(unusable("sslkey", "others can read it: its permissions have to be 0600 or less (0640 if root owns it)"))
     }
 
     #[cfg(not(unix))]
-    fn check_permissions(_: &Path) -> Result<(), Cause> {
+    fn check_permissions(_: &fs::Metadata) -> Result<(), Cause> {
         Ok(())
     }
 
-    fn unusable(option: &str, file: &Path, why: impl std::fmt::Display) -> Cause {
-        format!("cannot use the file {} of {option}: {why}", file.display()).into()
+    /// The file is not named: what stands in the option may be something else, such as a password.
+    fn unusable(option: &str, why: impl std::fmt::Display) -> Cause {
+        format!("cannot use the file of {option}: {why}").into()
     }
 }

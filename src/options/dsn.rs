@@ -6,10 +6,10 @@
 use std::time::Duration;
 
 use postgres::Config;
-use postgres::config::{ChannelBinding, Host, SslNegotiation, TargetSessionAttrs};
+use postgres::config::{ChannelBinding, Host, SslMode, SslNegotiation, TargetSessionAttrs};
 
 use super::own_options::{NO_TLS, Split, instead_of, is_url, split, tls_options};
-use crate::db::tls::TlsOptions;
+use crate::db::tls::{TlsMode, TlsOptions};
 use crate::error::{Result, invalid};
 
 const MAX_CONNECT_TIMEOUT: Duration = Duration::from_secs(60 * 60);
@@ -26,6 +26,8 @@ const ENCODED: &str = "names of hosts; in a URL, `@` and `/` in a user or passwo
 /// Every storage needs a server that it can write to.
 pub(super) const READ_WRITE: &str = "target_session_attrs=read-write, or none: a lock needs the server that can be \
                                      written to, and of several hosts that one is found in any case";
+/// The usual mistake in a list of options.
+const NAMELESS: &str = "options that each have a name and a value";
 /// Shown in the place of a DSN.
 pub(super) const HIDDEN: &str = "(hidden: it may hold a password)";
 
@@ -47,12 +49,22 @@ pub(super) fn parse(dsn: &str) -> Result<Dsn, String> {
     if has_loose_at(dsn) {
         return Err(ENCODED.to_owned());
     }
-    let Split { own, rest } = split(dsn);
+    let Some(Split { own, rest }) = split(dsn) else {
+        // The driver's words, if it has any.
+        return Err(dsn.parse::<Config>().err().map_or_else(|| NAMELESS.to_owned(), |error| expected_dsn(&error)));
+    };
     if let Some(expected) = own.iter().find_map(|(name, _)| instead_of(name)) {
         return Err(expected);
     }
     let tls = tls_options(&own)?;
     let config = rest.parse::<Config>().map_err(|error| expected_dsn(&error))?;
+    if config.get_ssl_mode() != SslMode::Prefer {
+        // Everything that speaks of TLS has been taken out of it.
+        return Err(NAMELESS.to_owned());
+    }
+    if config.get_ssl_negotiation() == SslNegotiation::Direct && tls.mode < TlsMode::Require {
+        return Err("sslmode=require, verify-ca or verify-full where sslnegotiation is direct".to_owned());
+    }
     let needs_tls = config.get_channel_binding() == ChannelBinding::Require
         || config.get_ssl_negotiation() == SslNegotiation::Direct;
     if needs_tls && !cfg!(feature = "tls") {
@@ -142,13 +154,16 @@ fn misread(config: &Config) -> Option<&'static str> {
         // `%` is for the zone of an IPv6 address.
         Host::Tcp(name) => name.chars().all(|c| c.is_alphanumeric() || "-._:%".contains(c)),
         #[cfg(unix)]
-        Host::Unix(folder) => !folder.as_os_str().as_encoded_bytes().contains(&0),
+        Host::Unix(folder) => {
+            let folder = folder.to_string_lossy();
+            !folder.contains('\0') && !folder.to_ascii_lowercase().contains("password=")
+        }
     };
     let are_hosts = config.get_hosts().iter().all(is_host);
     (!are_hosts).then_some(ENCODED)
 }
 
-/// Whether a URL has another `@` than the one that ends the password, or a `?` before that one.
+/// Whether a URL has another `@` before its options than the one that ends the password, or only one among them.
 ///
 /// The parser ends the password at the first `@`, wherever that is. It would take what follows for the host and the
 /// database, or what comes before for the user, which the server's errors and logs show.
@@ -157,7 +172,10 @@ fn has_loose_at(dsn: &str) -> bool {
         return false;
     }
     let (before_options, options) = dsn.split_once('?').unwrap_or((dsn, ""));
-    before_options.matches('@').count() + options.matches('@').count() > 1 || options.contains('@')
+    match before_options.matches('@').count() {
+        0 => options.contains('@'),
+        count => count > 1,
+    }
 }
 
 /// What a valid DSN looks like.
@@ -165,7 +183,7 @@ fn has_loose_at(dsn: &str) -> bool {
 /// The parser's own text is added only where it can't hold a part of the DSN. For `postgresql://u:a?secret=b@host` the
 /// parser says "unknown option `secret`", which would show a part of the password.
 fn expected_dsn(error: &postgres::Error) -> String {
-    const FORMS: &str = "`host=db user=app password='it''s'` or `postgresql://app:it%27s@db/app` with options that \
+    const FORMS: &str = "`host=db user=app password='it\\'s'` or `postgresql://app:it%27s@db/app` with options that \
                          this library knows";
     const CHECKED_OPTIONS: [&str; 14] = [
         "sslmode",

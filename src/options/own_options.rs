@@ -55,10 +55,10 @@ pub(super) fn is_url(dsn: &str) -> bool {
     dsn.starts_with("postgresql://") || dsn.starts_with("postgres://")
 }
 
-/// Splits a DSN as the driver does. One that the driver can't read stays as it is: its error says why.
-pub(super) fn split(dsn: &str) -> Split {
-    let split = if is_url(dsn) { split_url(dsn) } else { split_words(dsn) };
-    split.filter(|split| !split.own.is_empty()).unwrap_or_else(|| Split { own: Vec::new(), rest: dsn.to_owned() })
+/// Splits a DSN as the driver does; none where they might read different things.
+pub(super) fn split(dsn: &str) -> Option<Split> {
+    let split = if is_url(dsn) { split_url(dsn) } else { split_words(dsn) }?;
+    Some(if split.own.is_empty() { Split { own: split.own, rest: dsn.to_owned() } } else { split })
 }
 
 /// What to do instead of using an option, if it is refused. Only known names are shown: any other one may be a part of
@@ -68,6 +68,11 @@ pub(super) fn instead_of(name: &str) -> Option<String> {
         return Some(READ_WRITE.to_owned());
     }
     REFUSED.iter().find(|(refused, _)| *refused == name).map(|(refused, instead)| format!("no `{refused}`: {instead}"))
+}
+
+/// Whether an option of this name may be one that the driver doesn't get.
+fn is_known(name: &str) -> bool {
+    TLS.contains(&name) || instead_of(name).is_some()
 }
 
 fn is_own(name: &str, value: &str) -> bool {
@@ -82,6 +87,9 @@ fn split_words(dsn: &str) -> Option<Split> {
     while !left.is_empty() {
         let end = left.find(|c: char| c.is_whitespace() || c == '=')?;
         let (name, after) = left.split_at(end);
+        if name.is_empty() {
+            return None;
+        }
         let after = after.trim_start().strip_prefix('=')?.trim_start();
         let (value, after) = word(after)?;
         if is_own(name, &value) {
@@ -111,12 +119,15 @@ fn word(text: &str) -> Option<(String, &str)> {
 
 /// The options after the `?` of a URL.
 fn split_url(dsn: &str) -> Option<Split> {
-    let (base, options) = dsn.split_once('?')?;
+    let (base, options) = dsn.split_once('?').unwrap_or((dsn, ""));
     let (mut own, mut rest) = (Vec::new(), Vec::new());
-    for option in options.split('&') {
+    // One `&` may end them.
+    for option in options.strip_suffix('&').unwrap_or(options).split('&').filter(|_| !options.is_empty()) {
         let (name, value) = option.split_once('=')?;
-        let (name, value) = (decoded(name)?, decoded(value)?);
-        if is_own(&name, &value) { own.push((name, value)) } else { rest.push(option) }
+        let name = decoded(name)?;
+        // Other values may be any bytes, such as those of a folder.
+        let is_own = is_known(&name) && is_own(&name, &decoded(value)?);
+        if is_own { own.push((name, decoded(value)?)) } else { rest.push(option) }
     }
     let separator = if rest.is_empty() { "" } else { "?" };
     Some(Split { own, rest: format!("{base}{separator}{}", rest.join("&")) })
@@ -126,7 +137,8 @@ fn split_url(dsn: &str) -> Option<Split> {
 fn decoded(text: &str) -> Option<String> {
     let (mut bytes, mut left) = (Vec::new(), text.as_bytes());
     while let [first, after @ ..] = left {
-        let hex = after.get(..2).filter(|_| *first == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
+        let digits = after.get(..2).filter(|hex| *first == b'%' && hex.iter().all(u8::is_ascii_hexdigit));
+        let hex = digits.and_then(|hex| std::str::from_utf8(hex).ok());
         match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
             Some(byte) => {
                 bytes.push(byte);
@@ -145,7 +157,12 @@ fn decoded(text: &str) -> Option<String> {
 pub(super) fn tls_options(own: &[(String, String)]) -> Result<TlsOptions, String> {
     let mut tls = TlsOptions::default();
     for (name, value) in own {
+        if value.to_ascii_lowercase().contains("password=") || value.contains(['\n', '\0']) {
+            return Err(format!("a file in {name}: its value has another option in it, or is no path"));
+        }
         match (name.as_str(), value.as_str()) {
+            // As libpq: not set.
+            ("sslrootcert" | "sslcert" | "sslkey", "") => {}
             ("sslmode", mode) => tls.mode = mode_of(mode)?,
             ("sslrootcert", "system") => tls.root = Some(RootCertificates::System),
             ("sslrootcert", file) => tls.root = Some(RootCertificates::File(PathBuf::from(file))),

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Config, Socket};
@@ -12,7 +11,7 @@ use super::check_identifier;
 use super::dsn::{self, Dsn, HIDDEN};
 use crate::db::server::{Connect, Lend, Server, Source, connect_with, lend_from};
 use crate::db::tls::connect_as;
-use crate::error::{Cause, Result, invalid};
+use crate::error::{Result, invalid};
 use crate::events::{Event, Events};
 
 const MAX_CONNECTIONS: u32 = 1_000;
@@ -73,7 +72,8 @@ pub struct PostgresStorageOptions {
 enum ServerOptions {
     /// The parsed DSN, or a text that says what a valid one looks like.
     Dsn(Result<Box<Dsn>, String>),
-    Config(Source, Connect),
+    Config(Box<Config>, Connect),
+    Source(Source, Connect),
     /// The pool, and what opens the connection that listens.
     Pool(Lend, Option<Box<PostgresStorageOptions>>),
 }
@@ -113,7 +113,7 @@ impl PostgresStorageOptions {
         T::Stream: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        Self::from_config_with(move || Ok::<_, Cause>(config.clone()), tls)
+        Self::new(ServerOptions::Config(Box::new(config), connect_with(tls)))
     }
 
     /// The same with credentials that change: `config` is asked before each connection, for example for a password
@@ -121,8 +121,8 @@ impl PostgresStorageOptions {
     ///
     /// It runs on a thread of the library, and should not take longer than a second or two: what needs a connection
     /// waits for it. If it fails, so does the attempt to connect, with its error as the cause, and the attempt is
-    /// repeated as any other. A lock that is held survives that for as long as its lease. The `connect_timeout` is that
-    /// of the first configuration.
+    /// repeated as any other. So is one with a configuration that can't be used. A lock that is held survives that for
+    /// as long as its lease.
     ///
     /// ```no_run
     /// # fn token() -> std::io::Result<String> { Ok(String::new()) }
@@ -149,7 +149,7 @@ impl PostgresStorageOptions {
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
         let source: Source = Arc::new(move || Ok(dsn::checked("config", config().map_err(Into::into)?)?));
-        Self::new(ServerOptions::Config(source, connect_with(tls)))
+        Self::new(ServerOptions::Source(source, connect_with(tls)))
     }
 
     /// A pool of yours, from which each call takes one connection, for as long as the call lasts.
@@ -289,24 +289,27 @@ impl PostgresStorageOptions {
     }
 
     fn server(&self) -> Result<Server> {
-        let (source, connect): (Source, _) = match &self.server {
+        let (config, connect) = match &self.server {
             ServerOptions::Dsn(Err(expected)) => return Err(invalid("dsn", HIDDEN, expected)),
-            ServerOptions::Dsn(Ok(dsn)) => {
-                let config = dsn::checked("dsn", dsn.config.clone())?;
-                (Arc::new(move || Ok(config.clone())), connect_as(dsn.tls.clone()))
+            ServerOptions::Dsn(Ok(dsn)) => (dsn::checked("dsn", dsn.config.clone())?, connect_as(dsn.tls.clone())),
+            ServerOptions::Config(config, connect) => {
+                (dsn::checked("config", config.as_ref().clone())?, Arc::clone(connect))
             }
-            ServerOptions::Config(source, connect) => (Arc::clone(source), Arc::clone(connect)),
+            ServerOptions::Source(source, connect) => {
+                // It is asked when there is a connection to be made, and not before.
+                let (source, connect, connect_timeout) =
+                    (Arc::clone(source), Arc::clone(connect), dsn::DEFAULT_CONNECT_TIMEOUT);
+                return Ok(Server { pool: None, listening: None, source, connect, connect_timeout, hosts: 1 });
+            }
             ServerOptions::Pool(lend, listening) => {
                 let listening = listening.as_ref().map(|options| options.server()).transpose()?;
                 return Ok(Server::of_pool(lend, listening));
             }
         };
-        let mut server =
-            Server { pool: None, listening: None, source, connect, connect_timeout: Duration::ZERO, hosts: 0 };
-        let config = server.config()?;
-        server.connect_timeout = config.get_connect_timeout().copied().unwrap_or(dsn::DEFAULT_CONNECT_TIMEOUT);
-        server.hosts = config.get_hosts().len().max(config.get_hostaddrs().len());
-        Ok(server)
+        let connect_timeout = config.get_connect_timeout().copied().unwrap_or(dsn::DEFAULT_CONNECT_TIMEOUT);
+        let hosts = config.get_hosts().len().max(config.get_hostaddrs().len());
+        let source: Source = Arc::new(move || Ok(config.clone()));
+        Ok(Server { pool: None, listening: None, source, connect, connect_timeout, hosts })
     }
 
     /// The configuration of the next connection.

@@ -57,6 +57,10 @@ impl Signed {
         self.key.private_key_to_pem_pkcs8().unwrap()
     }
 
+    pub fn locked_key(&self, password: &str) -> Vec<u8> {
+        self.key.private_key_to_pem_pkcs8_passphrase(openssl::symm::Cipher::aes_256_cbc(), password.as_bytes()).unwrap()
+    }
+
     /// One that signs others, and is signed by itself.
     pub fn authority(name: &str) -> Signed {
         sign(name, &[], None, 1)

@@ -46,6 +46,15 @@ fn a_certificate_lets_a_client_in_and_its_key_is_its_owners_alone() {
     let (_, others) = options("others", &authority.sign("app"));
     let error = opens(&server, "app", &right.replace(&key, &others)).unwrap_err();
     assert!(chain(&error).contains("sslkey"), "{}", chain(&error));
+    // A key with a password: nobody is asked for it.
+    let (locked, _) = {
+        let signed = authority.sign("app");
+        let certificate = folder.write("locked.crt", &signed.certificate());
+        let key = folder.write("locked.key", &signed.locked_key("s3cret"));
+        (format!("sslmode=require sslcert={certificate} sslkey={key}"), key)
+    };
+    let error = opens(&server, "app", &locked).unwrap_err();
+    assert!(chain(&error).contains("it has a password"), "{}", chain(&error));
     // A key that others can read.
     set_mode(&key, 0o644);
     let error = opens(&server, "app", &right).unwrap_err();

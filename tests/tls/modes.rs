@@ -5,7 +5,7 @@ use storage_lock::Error;
 use crate::certificates::{Folder, Signed};
 use crate::server::{TlsServer, is_encrypted, storage};
 use crate::support::server::Server;
-use crate::support::{chain, eventually};
+use crate::support::{chain, eventually, ms, takes_at_most};
 
 const UNVERIFIED: &str = "certificate verify failed";
 
@@ -125,4 +125,74 @@ fn options_that_contradict_each_other_are_refused() {
         assert!(matches!(error, Error::InvalidOption { option: "dsn", .. }), "{error:?}");
         assert!(error.to_string().contains(expected), "{error}");
     }
+}
+
+/// Each of these meant something else to somebody who wrote it.
+#[test]
+fn no_garbled_dsn_ends_without_the_tls_that_it_asks_for() {
+    let plain = Server::start_with(&["--fast"]);
+    let part = |name: &str| plain.dsn.split(&format!("{name}=")).nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    let (port, user, password) = (part("port"), part("user"), part("password"));
+    let url = format!("postgresql://{user}:{password}@localhost:{port}/postgres");
+    let words = format!("host=localhost port={port} user={user} password={password} dbname=postgres");
+    let by_folder = words.replace("host=localhost", "host=/tmp hostaddr=127.0.0.1");
+    for dsn in [
+        format!("{url}?sslmode=require&"),
+        format!("{url}?sslmode=require&&application_name=a"),
+        format!("{url}?sslmode=require&x"),
+        format!("{url}?sslmode=require&=x"),
+        format!("{url}?sslmode=disable&sslmode=require"),
+        format!("{url}?%73slmode=requir%65"),
+        format!("{words} sslmode=require ="),
+        format!("{words} sslmode = 'require' =x"),
+        format!("={words} sslmode=require"),
+        format!("{by_folder} sslmode=require"),
+        format!("{by_folder} sslmode=verify-full sslrootcert=/nowhere"),
+        format!("{words} sslnegotiation=direct"),
+        format!("{words} sslnegotiation=direct sslmode=prefer"),
+        format!("{words} sslcert=/nowhere sslkey=/nowhere"),
+    ] {
+        let result = storage(&dsn).map(drop);
+        assert!(result.is_err(), "{}", dsn.replace(&password, "…"));
+        assert!(!format!("{result:?}").contains(&password));
+    }
+}
+
+#[test]
+fn only_a_whole_name_is_verified() {
+    let authority = Signed::authority("ours");
+    let folder = Folder::new();
+    let root = folder.write("root.crt", &authority.certificate());
+    let server = TlsServer::start(&authority.sign("a.example"), &authority);
+    let dsn = server.dsn_with(&format!("sslmode=verify-full sslsni=0 sslrootcert={root}"));
+    let with_host = |host: &str| storage(&dsn.replace("host=localhost", &format!("host={host}"))).map(drop);
+    with_host("a.example").unwrap();
+    for host in ["''", ".example", "example", "b.a.example", "/tmp"] {
+        let error = with_host(host).unwrap_err();
+        let said = chain(&error);
+        assert!(said.contains("name") || said.contains(UNVERIFIED), "{host}: {said}");
+    }
+}
+
+#[test]
+fn a_file_that_is_none_is_refused_at_once_and_its_name_is_not_shown() {
+    let authority = Signed::authority("ours");
+    let folder = Folder::new();
+    let server = TlsServer::start(&authority.sign("localhost"), &authority);
+    let pipe = folder.write("pipe", b"").replace("pipe", "fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for (options, why) in [
+        (format!("sslmode=verify-ca sslrootcert={pipe}"), "not a file"),
+        (format!("sslmode=require sslcert={pipe} sslkey={pipe}"), "not a file"),
+        ("sslmode=verify-ca sslrootcert=/dev/zero".to_owned(), "not a file"),
+        ("sslmode=require sslcert= password=s3cret".to_owned(), "is no path"),
+        ("sslmode=require sslcert=s3cret sslkey=s3cret".to_owned(), "sslcert"),
+        ("sslmode=require sslkey='-----BEGIN PRIVATE KEY-----\ns3cret'".to_owned(), "is no path"),
+    ] {
+        let error = takes_at_most(ms(4_000), &options, || storage(&server.dsn_with(&options)).unwrap_err());
+        assert!(chain(&error).contains(why), "{options}: {}", chain(&error));
+        assert!(!format!("{error:?} {}", chain(&error)).contains("s3cret"), "{options}: {error:?}");
+    }
+    // Not set, as to libpq.
+    storage(&server.dsn_with("sslmode=require sslcert='' sslkey='' sslrootcert=''")).unwrap();
 }

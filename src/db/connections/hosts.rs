@@ -42,12 +42,12 @@ pub(super) fn config_for(config: &Config, address: &Address) -> Config {
     let mut config = without_hosts(config);
     config.port(address.port);
     match (&address.host, address.ip) {
-        (Some(Host::Tcp(name)), _) => _ = config.host(name),
+        (Some(Host::Tcp(name)), ip) if !name.is_empty() || ip.is_none() => _ = config.host(name),
         #[cfg(unix)]
-        (Some(Host::Unix(folder)), _) => _ = config.host_path(folder),
-        // A host's name is what TLS is for.
-        (None, Some(ip)) => _ = config.host(&ip.to_string()),
-        (None, None) => {}
+        (Some(Host::Unix(folder)), None) => _ = config.host_path(folder),
+        // TLS needs a name. An address goes before a folder, as in libpq.
+        (_, Some(ip)) => _ = config.host(&ip.to_string()),
+        (_, None) => {}
     }
     if let Some(ip) = address.ip {
         config.hostaddr(ip);

@@ -63,7 +63,7 @@ impl Connections {
 
     /// Waits for what came of an attempt, and notes whether its address was silent.
     fn wait_for<T>(&self, progress: &Receiver<Progress<T>>, address: &Address, began: Instant) -> Result<T, Cause> {
-        let limit = self.0.server.connect_timeout;
+        let limit = self.connect_timeout();
         let mut progressed = progress.recv_timeout(limit);
         if let Ok(Progress::LoggedIn) = progressed {
             progressed = progress.recv_timeout(limit);
@@ -89,7 +89,7 @@ impl Connections {
     /// Counts an attempt that begins. While too many are stuck, first waits for one of them to end, or until the limit
     /// allows one more. Fails after the connect timeout.
     fn begin(&self) -> Result<UnderWay, Cause> {
-        let limit = self.0.server.connect_timeout;
+        let limit = self.connect_timeout();
         let (until, mut state) = (Instant::now() + limit, lock(&self.0.state));
         loop {
             let now = Instant::now();

@@ -20,7 +20,7 @@ mod open;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, ToSocketAddrs};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,9 @@ struct Shared {
     /// With a pool, what opens the connection that listens.
     listening: Option<Connections>,
     route: Arc<Route>,
+    /// The connect timeout of the latest configuration, in milliseconds, and how many hosts it has.
+    connect_timeout: AtomicU64,
+    hosts: AtomicUsize,
     /// How many addresses the last attempt found, for the hosts that it came to.
     addresses: AtomicUsize,
     state: Mutex<State>,
@@ -76,6 +79,8 @@ impl Connections {
     pub(crate) fn new(server: Server, events: Events) -> Connections {
         Connections(Arc::new(Shared {
             listening: server.listening.clone().map(|server| Connections::new(*server, events.clone())),
+            connect_timeout: AtomicU64::new(millis(server.connect_timeout)),
+            hosts: AtomicUsize::new(server.hosts),
             server,
             route: Arc::new(Route::new(events)),
             addresses: AtomicUsize::new(0),
@@ -90,15 +95,27 @@ impl Connections {
     /// however many there are.
     pub(crate) fn opening_time(&self) -> Duration {
         let addresses = match self.0.addresses.load(Ordering::Relaxed) {
-            0 => self.0.server.hosts * MANY_ADDRESSES,
-            known => known.max(self.0.server.hosts),
+            0 => self.0.hosts.load(Ordering::Relaxed) * MANY_ADDRESSES,
+            known => known.max(self.0.hosts.load(Ordering::Relaxed)),
         };
-        self.0.server.connect_timeout.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)) + SLACK
+        self.connect_timeout().saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)) + SLACK
     }
 
     /// What opens the connection that listens; none if there is to be none.
     pub(crate) fn for_listening(&self) -> Option<Connections> {
         if self.0.server.pool.is_some() { self.0.listening.clone() } else { Some(self.clone()) }
+    }
+
+    fn connect_timeout(&self) -> Duration {
+        Duration::from_millis(self.0.connect_timeout.load(Ordering::Relaxed))
+    }
+
+    /// Notes what a configuration says of the time that connecting may take.
+    fn learn(&self, config: &Config) {
+        if let Some(timeout) = config.get_connect_timeout() {
+            self.0.connect_timeout.store(millis(*timeout), Ordering::Relaxed);
+        }
+        self.0.hosts.store(config.get_hosts().len().max(config.get_hostaddrs().len()), Ordering::Relaxed);
     }
 
     /// Notes that a connection is silent.
@@ -112,7 +129,7 @@ impl Connections {
         prepare: impl Fn(&mut Session) -> Result<(), postgres::Error> + Clone + Send + 'static,
     ) -> Result<Session> {
         if let Some(lend) = &self.0.server.pool {
-            let borrowed = lend(self.0.server.connect_timeout).and_then(|link| {
+            let borrowed = lend(self.connect_timeout()).and_then(|link| {
                 let mut session = Session::lent(link, Arc::clone(&self.0.route))?;
                 prepare(&mut session)?;
                 Ok(session)
@@ -120,6 +137,7 @@ impl Connections {
             return borrowed.map_err(|source| Error::Connect { address: "(the pool)".to_owned(), source });
         }
         let config = self.0.server.config()?;
+        self.learn(&config);
         let is_shuffled = config.get_load_balance_hosts() == LoadBalanceHosts::Random;
         let (mut addresses, mut silent, mut failed) = (0, Vec::new(), Vec::new());
         for host in self.in_order(hosts(&config), is_shuffled) {
@@ -206,6 +224,10 @@ impl Connections {
             Ok(session)
         })
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// One error for all the addresses that failed.
