@@ -2,6 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use postgres::config::Host;
@@ -107,7 +108,23 @@ where
     T::Stream: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    Arc::new(move |timeout| Ok(Link::Lent(Box::new(pool.get_timeout(timeout)?))))
+    let pool = Elsewhere(Some(pool));
+    Arc::new(move |timeout| match &pool.0 {
+        Some(pool) => Ok(Link::Lent(Box::new(pool.get_timeout(timeout)?))),
+        None => Err("the pool is closed".into()),
+    })
+}
+
+/// Something that is dropped on a thread of its own: connections, which panic where an async runtime drops them.
+struct Elsewhere<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> Drop for Elsewhere<T> {
+    fn drop(&mut self) {
+        let value = self.0.take();
+        let drop_it = move || _ = user_code::call(|| drop(value));
+        // Where no thread can be started, it is dropped here.
+        drop(thread::Builder::new().name("lock-close".to_owned()).spawn(drop_it));
+    }
 }
 
 /// Whether the configuration names the socket of a server on this machine.

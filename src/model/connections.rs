@@ -26,6 +26,10 @@ impl Connections {
         Some(self.clone())
     }
 
+    pub(crate) fn is_lent(&self) -> bool {
+        false
+    }
+
     pub(crate) fn suspect(&self) {}
 
     pub(crate) fn open(&self, prepare: impl Fn(&mut Session) -> Result<(), postgres::Error>) -> Result<Session> {

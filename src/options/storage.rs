@@ -154,10 +154,23 @@ impl PostgresStorageOptions {
 
     /// A pool of yours, from which each call takes one connection, for as long as the call lasts.
     ///
-    /// Nothing of a connection's state is changed, and no statement is prepared on it, so that it may go through a
-    /// pooler as well. `max_connections` is how many connections are taken from the pool simultaneously: let the pool
-    /// have more, or keep some free. A pool that stays empty delays calls for 5 s each, and then fails them, and a hold
-    /// whose refreshes find no connection is lost at its deadline, which is told as any loss.
+    /// No statement is prepared on a connection, and none of its settings are changed, so that it may go through a
+    /// pooler as well. What the library asks of you:
+    /// - Give connections back outside of a transaction: a call on one that is within a transaction is a part of it.
+    /// - Let no schema come before `pg_catalog` in their search path, and leave the default isolation level at
+    ///   `READ COMMITTED`.
+    /// - Leave r2d2's `test_on_check_out` on, or expect an error after the server ended idle connections. It costs one
+    ///   round trip a call.
+    /// - Keep a connection free while you call [`unlock_in`](crate::LockGuard::unlock_in) on one of the pool's: after
+    ///   a rollback the library asks the database for the hold.
+    ///
+    /// `max_connections` is how many connections are taken from the pool simultaneously, those of calls that are late
+    /// included: let the pool have more. A pool that stays empty delays a call for 5 s, and then fails it. A hold whose
+    /// refreshes find no connection is lost at its deadline, which is told as any loss. A connection that is silent
+    /// counts for as long as it is: set `tcp_user_timeout` where you configure the pool.
+    ///
+    /// A call costs several times as much as on a connection of the library's own, because a thread takes it from the
+    /// pool.
     ///
     /// Processes that wait for each other poll, because listening needs a connection of its own; with
     /// [`listen_with`](Self::listen_with) they are notified.

@@ -39,6 +39,10 @@ impl PostgresStorage {
         let Some(permit) = ListPermit::take(&self.inner.lists, began + longest, longest) else {
             return Err(timeout("the list before to end"));
         };
+        if self.inner.workers.connections().is_lent() {
+            let deadline = began + longest;
+            return self.read_until(deadline, action(), |session, sql| session.list(sql, LIST_TIME));
+        }
         let (sender, listed) = mpsc::channel();
         let (connections, sql) = (self.inner.workers.connections().clone(), Arc::clone(&self.inner.sql));
         let list = move || {

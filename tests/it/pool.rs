@@ -121,3 +121,66 @@ fn connections_of_a_pool_that_break_are_replaced() {
     }
     guard.unlock().unwrap();
 }
+
+/// Its connections panic where such a thread drops them.
+#[test]
+fn a_storage_that_owns_its_pool_may_be_dropped_on_a_thread_of_an_async_runtime() {
+    let table = Table::new();
+    let owned = pool(&dsn(), 2);
+    let both = [owned.get().unwrap(), owned.get().unwrap()];
+    drop(both);
+    let storage = PostgresStorage::new(PostgresStorageOptions::from_pool(owned).table_name(&table.name)).unwrap();
+    drop(StorageLock::new(&storage, "l").unwrap().lock("worker").unwrap());
+    let options = PostgresStorageOptions::from_pool(pool(&dsn(), 2));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+    runtime
+        .block_on(runtime.spawn(async move {
+            drop(storage);
+            drop(options);
+        }))
+        .expect("nothing panics");
+}
+
+#[test]
+fn a_call_on_a_pool_whose_server_is_silent_comes_back_in_its_time() {
+    let table = Table::new();
+    let proxy = Proxy::to(&dsn());
+    let pool = pool(&proxy.dsn, 3);
+    let storage = storage(&table, &pool);
+    drop(StorageLock::new(&storage, "l").unwrap().lock("worker").unwrap());
+    proxy.swallow();
+    let get = || storage.get("l").unwrap_err();
+    let try_lock = || StorageLock::new(&storage, "other").unwrap().try_lock("worker").unwrap_err();
+    thread::scope(|scope| {
+        scope.spawn(|| takes_at_most(Duration::from_secs(12), "get", get));
+        scope.spawn(|| takes_at_most(Duration::from_secs(12), "try_lock", try_lock));
+    });
+}
+
+#[test]
+fn a_locked_table_takes_no_more_of_a_pool_than_it_may() {
+    let table = Table::new();
+    let pool = pool(&dsn(), 8);
+    let options = PostgresStorageOptions::from_pool(pool.clone()).table_name(&table.name).max_connections(2);
+    let storage = PostgresStorage::new(options).unwrap();
+    let guards = [0, 1, 2].map(|n| short_lock(&storage, &format!("l{n}"), ms(30_000), ms(500)).lock("worker").unwrap());
+    let mut client = table.client();
+    let mut transaction = client.transaction().unwrap();
+    transaction.batch_execute(&format!("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table.name)).unwrap();
+    thread::scope(|scope| {
+        for n in 0..4 {
+            let (storage, name) = (&storage, format!("other{n}"));
+            scope.spawn(move || {
+                let lock = StorageLock::new(storage, &*name).unwrap();
+                (0..6).for_each(|_| drop(lock.try_lock_for("worker", ms(500))));
+            });
+        }
+        for _ in 0..40 {
+            thread::sleep(ms(100));
+            let state = pool.state();
+            assert!(state.connections - state.idle_connections <= 2, "{state:?}");
+        }
+    });
+    transaction.rollback().unwrap();
+    guards.iter().for_each(is_refreshed);
+}

@@ -179,6 +179,19 @@ fn a_further_column_is_refused_only_if_it_keeps_locks_out() {
         StorageLock::new(&table.storage(), column).unwrap().lock("worker").expect(column).unlock().expect(column);
         table.execute("ALTER TABLE $T DROP note");
     }
+    // A trigger that fills it, and that nobody looks into.
+    table.execute("ALTER TABLE $T ADD note text NOT NULL");
+    let function = format!("{}_fills", table.name);
+    table
+        .client()
+        .batch_execute(&format!(
+        "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN new.note = 'x'; RETURN new; END $$;
+         CREATE TRIGGER fills BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION {function}()",
+        table.name
+    ))
+        .unwrap();
+    StorageLock::new(&table.storage(), "filled").unwrap().lock("worker").expect("filled").unlock().expect("filled");
+    table.execute(&format!("DROP FUNCTION {function} CASCADE"));
     for domain in domains {
         table.execute(&format!("DROP DOMAIN {domain}"));
     }

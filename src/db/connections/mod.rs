@@ -30,11 +30,11 @@ use postgres::config::{Host, LoadBalanceHosts};
 use self::hosts::{Address, config_for, hosts};
 use self::open::open;
 use crate::db::route::Route;
-use crate::db::server::Server;
+use crate::db::server::{Lend, Server};
 use crate::db::session::Session;
 use crate::db::stuck::StuckLimit;
 use crate::error::{Cause, Error, Result, chain, is_passing_cause};
-use crate::events::Events;
+use crate::events::{Event, Events};
 use crate::sync::{lock, random};
 
 /// What opening may take beyond the time of its addresses.
@@ -94,6 +94,9 @@ impl Connections {
     /// Before the first look-up, this is a guess, and a long one. An attempt ends when all addresses have been tried,
     /// however many there are.
     pub(crate) fn opening_time(&self) -> Duration {
+        if self.is_lent() {
+            return self.connect_timeout() + SLACK;
+        }
         let addresses = match self.0.addresses.load(Ordering::Relaxed) {
             0 => self.0.hosts.load(Ordering::Relaxed) * MANY_ADDRESSES,
             known => known.max(self.0.hosts.load(Ordering::Relaxed)),
@@ -118,6 +121,11 @@ impl Connections {
         self.0.hosts.store(config.get_hosts().len().max(config.get_hostaddrs().len()), Ordering::Relaxed);
     }
 
+    /// Whether each connection is lent for a call.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.0.server.pool.is_some()
+    }
+
     /// Notes that a connection is silent.
     pub(crate) fn suspect(&self) {
         self.0.route.suspect();
@@ -129,12 +137,7 @@ impl Connections {
         prepare: impl Fn(&mut Session) -> Result<(), postgres::Error> + Clone + Send + 'static,
     ) -> Result<Session> {
         if let Some(lend) = &self.0.server.pool {
-            let borrowed = lend(self.connect_timeout()).and_then(|link| {
-                let mut session = Session::lent(link, Arc::clone(&self.0.route))?;
-                prepare(&mut session)?;
-                Ok(session)
-            });
-            return borrowed.map_err(|source| Error::Connect { address: "(the pool)".to_owned(), source });
+            return self.borrow(lend, prepare);
         }
         let config = self.0.server.config()?;
         self.learn(&config);
@@ -161,6 +164,20 @@ impl Connections {
             return Ok(session);
         }
         Err(connect_error(failed))
+    }
+
+    /// Makes a session of a connection from the caller's pool.
+    fn borrow(&self, lend: &Lend, prepare: impl Fn(&mut Session) -> Result<(), postgres::Error>) -> Result<Session> {
+        let session = lend(self.connect_timeout()).and_then(|link| {
+            let mut session = Session::lent(link, Arc::clone(&self.0.route))?;
+            prepare(&mut session)?;
+            Ok(session)
+        });
+        let session = session.map_err(|source| Error::Connect { address: "(the pool)".to_owned(), source })?;
+        if self.0.route.end_interruption() {
+            self.0.route.events.send(|| Event::Reconnected {});
+        }
+        Ok(session)
     }
 
     /// Opens a session on the first of these addresses that lets us in. The causes of the others go to `failed`.

@@ -38,7 +38,9 @@ FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
               FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
               WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
                 AND (a.attnotnull OR t.typnotnull) AND NOT a.atthasdef AND t.typdefault IS NULL
-                AND a.attidentity = ''),
+                AND a.attidentity = ''
+                AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger g
+                                WHERE g.tgrelid = c.oid AND NOT g.tgisinternal AND g.tgtype & 7 = 7)),
         (SELECT l.collname::text
          FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation
          WHERE a.attrelid = c.oid AND a.attname = 'lock_id' AND l.oid <> 950),
@@ -62,6 +64,8 @@ FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
         ARRAY(SELECT privilege FROM pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS privilege
               WHERE EXISTS (SELECT FROM pg_catalog.pg_attribute a
                             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                              AND a.attname IN ('lock_id', 'version', 'owner_id', 'lease_id', 'lock_begin_time',
+                                                'lease_expire_time', 'released_at', 'waiters')
                               AND NOT pg_catalog.has_column_privilege(c.oid, a.attnum, privilege)))
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1 AND c.relname = $2

@@ -18,6 +18,8 @@ pub(super) struct State {
     pub(super) workers: HashMap<u64, WorkerState>,
     pub(super) next_id: u64,
     pub(super) stuck_limit: StuckLimit,
+    /// How many urgent tasks were taken in a row while an ordinary one could have been.
+    pub(super) urgent_in_a_row: u32,
     /// When a task was last answered.
     pub(super) last_success: Option<Instant>,
     /// The openings that failed, and whose errors no task has got yet.
@@ -39,6 +41,10 @@ pub(super) enum WorkerState {
     Probing { since: Instant },
     Call { urgency: Urgency, since: Instant, late_at: Instant },
 }
+
+/// After so many urgent tasks in a row an ordinary one goes first: a few locks that are handed over all the time must not
+/// keep everybody from all others.
+const URGENT_IN_A_ROW: u32 = 8;
 
 /// An attempt to open a connection that failed. A task that waited for it gets the error, once every opening that was
 /// under way at that moment has failed too, or takes long. Until then the attempt counts as an opening.
@@ -114,7 +120,15 @@ impl State {
         if self.startable(&self.count(now), max_live) == 0 {
             return None;
         }
-        self.urgent.pop_front().or_else(|| self.ordinary.pop_front())
+        let may_take_ordinary = self.startable(&self.count(now), max_live) > self.urgent.len();
+        let is_ordinarys_turn = may_take_ordinary && self.urgent_in_a_row >= URGENT_IN_A_ROW;
+        self.urgent_in_a_row = if may_take_ordinary && !is_ordinarys_turn { self.urgent_in_a_row + 1 } else { 0 };
+        let (first, second) = if is_ordinarys_turn {
+            (&mut self.ordinary, &mut self.urgent)
+        } else {
+            (&mut self.urgent, &mut self.ordinary)
+        };
+        first.pop_front().or_else(|| second.pop_front())
     }
 
     /// Puts a task back at the front of its queue.
@@ -135,11 +149,12 @@ impl State {
     }
 
     /// Whether a further worker would find something to do, and may be started.
-    pub(super) fn may_add_worker(&mut self, now: Instant, max_live: usize) -> bool {
+    pub(super) fn may_add_worker(&mut self, now: Instant, max_live: usize, is_lent: bool) -> bool {
         let count = self.count(now);
         let opening = count.opening + self.unreported.len();
         let is_needed = self.startable(&count, max_live) > count.idle + opening;
-        let has_room = count.open() + opening < max_live;
+        // Of the caller's connections no late one is replaced.
+        let has_room = if is_lent { self.workers.len() } else { count.open() + opening } < max_live;
         let is_due = count.open() == 0 || self.open_again_at.is_none_or(|at| at <= now);
         // On a slow network openings take long. The more of them do, the more rarely another one begins.
         let pause = OPENING_TIME * count.slow.saturating_mul(count.slow);
@@ -173,5 +188,35 @@ impl State {
         self.unreported = unreported;
         let task_for = |it: FailedOpening| self.take_submitted_before(it.began).map(|task| (task, it.error));
         over.into_iter().filter_map(task_for).collect()
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::Next;
+    use super::*;
+
+    fn task(urgency: Urgency) -> Task {
+        let now = Instant::now();
+        let (deadline, answer_time) = (now + Duration::from_secs(60), Duration::from_secs(60));
+        Task { urgency, submitted: now, deadline, answer_time, step: Box::new(|_, _| Next::Done) }
+    }
+
+    #[test]
+    fn urgent_tasks_without_end_keep_no_ordinary_one_for_ever() {
+        for max_live in [1, 4] {
+            let mut state = State::default();
+            state.ordinary.extend([task(Urgency::Ordinary), task(Urgency::Ordinary)]);
+            let mut taken = Vec::new();
+            while !state.ordinary.is_empty() {
+                state.urgent.push_back(task(Urgency::Urgent));
+                taken.push(state.next_task(Instant::now(), max_live).expect("a task").urgency);
+                assert!(taken.len() < 100, "starved");
+            }
+            let urgent = taken.iter().filter(|urgency| **urgency == Urgency::Urgent).count();
+            assert!(taken[0] == Urgency::Urgent && urgent >= 2 * URGENT_IN_A_ROW as usize, "urgent ones go first");
+        }
     }
 }

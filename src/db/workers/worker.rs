@@ -41,7 +41,7 @@ pub(super) fn add_workers(shared: &Arc<Shared>) {
             failed.into_iter().for_each(|(mut task, error)| _ = (task.step)(Err(error), &WorkerEntry::default()));
             continue;
         }
-        if !state.may_add_worker(now, shared.max_live) {
+        if !state.may_add_worker(now, shared.max_live, shared.connections.is_lent()) {
             return;
         }
         state.last_opening = Some(now);
