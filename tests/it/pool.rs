@@ -1,5 +1,6 @@
 //! A pool of the caller's.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -183,4 +184,29 @@ fn a_locked_table_takes_no_more_of_a_pool_than_it_may() {
     });
     transaction.rollback().unwrap();
     guards.iter().for_each(is_refreshed);
+}
+
+#[test]
+fn the_caller_gets_its_connection_while_the_library_is_busy_with_it() {
+    let table = Table::new();
+    let pool = pool(&dsn(), 1);
+    let storage = storage(&table, &pool);
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for n in 0..8 {
+            let (storage, is_over) = (&storage, &is_over);
+            scope.spawn(move || {
+                while !is_over.load(Ordering::SeqCst) {
+                    storage.get(&format!("l{n}")).unwrap();
+                }
+            });
+        }
+        let turns = (0..5).map(|_| {
+            thread::sleep(ms(100));
+            pool.get().map(drop)
+        });
+        let turns: Result<Vec<()>, _> = turns.collect();
+        is_over.store(true, Ordering::SeqCst);
+        turns.expect("a connection within the time that the pool gives it");
+    });
 }
