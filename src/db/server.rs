@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use postgres::config::Host;
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, Socket};
 use r2d2::ManageConnection;
@@ -128,10 +127,13 @@ impl<T: Send + 'static> Drop for Elsewhere<T> {
 }
 
 /// Whether the configuration names the socket of a server on this machine.
+#[cfg(unix)]
 pub(crate) fn is_local(config: &Config) -> bool {
-    #[cfg(unix)]
-    let is_local = config.get_hostaddrs().is_empty() && matches!(config.get_hosts(), [Host::Unix(_)]);
-    #[cfg(not(unix))]
-    let is_local = false;
-    is_local
+    use postgres::config::Host;
+    config.get_hostaddrs().is_empty() && matches!(config.get_hosts(), [Host::Unix(_)])
+}
+
+#[cfg(not(unix))]
+pub(crate) fn is_local(_: &Config) -> bool {
+    false
 }

@@ -20,7 +20,7 @@ mod open;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, ToSocketAddrs};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ struct Shared {
     listening: Option<Connections>,
     route: Arc<Route>,
     /// The connect timeout of the latest configuration, in milliseconds, and how many hosts it has.
-    connect_timeout: AtomicU64,
+    connect_timeout: AtomicUsize,
     hosts: AtomicUsize,
     /// How many addresses the last attempt found, for the hosts that it came to.
     addresses: AtomicUsize,
@@ -79,7 +79,7 @@ impl Connections {
     pub(crate) fn new(server: Server, events: Events) -> Connections {
         Connections(Arc::new(Shared {
             listening: server.listening.clone().map(|server| Connections::new(*server, events.clone())),
-            connect_timeout: AtomicU64::new(millis(server.connect_timeout)),
+            connect_timeout: AtomicUsize::new(millis(server.connect_timeout)),
             hosts: AtomicUsize::new(server.hosts),
             server,
             route: Arc::new(Route::new(events)),
@@ -110,7 +110,7 @@ impl Connections {
     }
 
     fn connect_timeout(&self) -> Duration {
-        Duration::from_millis(self.0.connect_timeout.load(Ordering::Relaxed))
+        Duration::from_millis(self.0.connect_timeout.load(Ordering::Relaxed) as u64)
     }
 
     /// Notes what a configuration says of the time that connecting may take.
@@ -243,8 +243,9 @@ impl Connections {
     }
 }
 
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+/// An hour at most, which any machine can count.
+fn millis(duration: Duration) -> usize {
+    usize::try_from(duration.as_millis()).unwrap_or(usize::MAX)
 }
 
 /// One error for all the addresses that failed.
