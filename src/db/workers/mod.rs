@@ -40,7 +40,9 @@
 //! - A late answer costs no connection. Neither does the end of another connection: those that may be dead are probed.
 //! - A task that may be made twice ([`Tries::Several`]) is made again on another connection when its own breaks or is
 //!   silent. Acquires and hand-overs are made once. Their callers release what may have happened, and try again.
-//! - Urgent tasks (refresh, release) go first. With two connections or more, one is never given to another task.
+//! - Urgent tasks (refresh, release) go first, and after eight of them in a row an ordinary one. With two connections
+//!   or more, one is never given to an ordinary task.
+//! - A connection that a pool of the caller's lends goes back after each task. Late calls count against the limit then.
 //! - A thread that is stuck costs its stack and its socket until the kernel gives the socket up (`tcp_user_timeout`,
 //!   keep-alives). The kernel doesn't do that while something acknowledges and never answers. For that case,
 //!   [`StuckLimit`](crate::db::stuck::StuckLimit) bounds how many threads may be stuck without a success in between.
