@@ -3,6 +3,14 @@
 //! With the feature `tls`, OpenSSL verifies certificates and host names, as it does for libpq. This file decides only
 //! *whether* they are verified, and by which certificates. Certificates and keys are read for each connection, so they
 //! may be replaced while a storage is open. Uses `db::server` and `error`.
+//!
+//! Why OpenSSL, by `postgres-openssl`:
+//! - libpq's modes are OpenSSL's switches: verify or not, the name or not, these certificates or those. With rustls,
+//!   `require` and `verify-ca` would take verifiers of our own, which is where such libraries go wrong.
+//! - Names are matched by the code that libpq uses.
+//! - The driver's own authors keep it, with channel binding.
+//! - It costs a package with headers, or, with `tls-vendored`, a C compiler and Perl. `native-tls` needs the same on
+//!   Linux, and has less of libpq's options.
 
 use std::path::PathBuf;
 use std::sync::Arc;
