@@ -122,7 +122,8 @@ impl State {
         }
         let may_take_ordinary = self.startable(&self.count(now), max_live) > self.urgent.len();
         let is_ordinarys_turn = may_take_ordinary && self.urgent_in_a_row >= URGENT_IN_A_ROW;
-        self.urgent_in_a_row = if may_take_ordinary && !is_ordinarys_turn { self.urgent_in_a_row + 1 } else { 0 };
+        let is_passed_over = may_take_ordinary && !is_ordinarys_turn && !self.urgent.is_empty();
+        self.urgent_in_a_row = if is_passed_over { self.urgent_in_a_row + 1 } else { 0 };
         let (first, second) = if is_ordinarys_turn {
             (&mut self.ordinary, &mut self.urgent)
         } else {
