@@ -585,11 +585,14 @@ fn a_hand_over_happens_once_and_names_the_hold() {
     assert_eq!(hand_over(&another, version + 2, &claim("l", LONG)), None, "what has expired is not handed over");
 }
 
-/// The payloads of the notifications that come within half a second.
-fn heard(listening: &mut Client) -> Vec<String> {
+/// The payloads of the notifications for these waiters that come within half a second. Others, of other tests, may have
+/// the same channel.
+fn heard(listening: &mut Client, waiters: &[Uuid]) -> Vec<String> {
     let mut notifications = listening.notifications();
     let heard = notifications.timeout_iter(Duration::from_millis(500));
-    heard.map(|notification| Ok(notification.payload().to_owned())).collect().unwrap()
+    let heard: Vec<String> = heard.map(|notification| Ok(notification.payload().to_owned())).collect().unwrap();
+    let is_for_them = |payload: &String| waiters.iter().any(|waiter| payload.starts_with(&waiter.to_string()));
+    heard.into_iter().filter(is_for_them).collect()
 }
 
 /// Waiters sleep by the longer lease, and so must look again.
@@ -606,10 +609,10 @@ fn a_hand_over_to_a_shorter_lease_notifies_who_waits() {
         assert!(matches!(acquired, Acquired::Busy(_)));
     }
     session.hand_over(&table.sql, &mine, 1, &longer).unwrap().expect("held");
-    assert!(heard(&mut listening).is_empty(), "it is looked at in time");
+    assert!(heard(&mut listening, &waiters).is_empty(), "it is looked at in time");
     session.hand_over(&table.sql, &longer, 2, &shorter).unwrap().expect("held");
     let [first, second] = waiters;
-    assert_eq!(heard(&mut listening), [format!("{first} 0 0 l"), format!("{second} 100 0 l")]);
+    assert_eq!(heard(&mut listening, &waiters), [format!("{first} 0 0 l"), format!("{second} 100 0 l")]);
 }
 
 /// Runs the statements of waiting one after the other.
@@ -663,7 +666,7 @@ fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
     assert!(acquire(&mine, third, Some(1)).is_err(), "of another version");
     assert_eq!(acquire(&mine, third, Some(2)), Ok((3, true)));
     assert_eq!(row(), [first]);
-    assert!(heard(&mut listening).contains(&format!("{second} 0 2 l")));
+    assert!(heard(&mut listening, &waiters).contains(&format!("{second} 0 2 l")));
     // The end of a lease is the same: a newcomer is put behind those who wait.
     let expire = format!("UPDATE {} SET lease_expire_time = clock_timestamp()", table.sql.table);
     client().batch_execute(&expire).unwrap();
@@ -675,9 +678,9 @@ fn a_released_lock_is_promised_to_the_first_in_the_row_for_a_while() {
     // The first of two withdraws while the lock is promised to it: the other one is notified.
     acquire(&claim("l", LONG), second, None).unwrap_err();
     assert_eq!(release(&mine, 4, None, false), 2);
-    heard(&mut listening);
+    heard(&mut listening, &waiters);
     session.withdraw(&table.sql, "l", third).unwrap();
-    assert_eq!(heard(&mut listening), [format!("{second} 0 4 l")]);
+    assert_eq!(heard(&mut listening, &waiters), [format!("{second} 0 4 l")]);
     // With nobody else in the row, a holder that waits again needn't be there.
     let mine = claim("l", LONG);
     let acquired = session.acquire(&table.sql, &mine, row_waiter(second)).unwrap();
