@@ -67,13 +67,13 @@ fn refreshes_are_not_starved_by_acquires() {
         let dsn = format!("{} application_name={}_{max_connections}", table.dsn, table.name);
         let options = Table::of(&dsn, &table.name).options().max_connections(max_connections);
         let storage = storage_lock::PostgresStorage::new(options).unwrap();
-        let guard = short_lock(&storage, "held", ms(2_000), ms(200)).lock("worker").unwrap();
-        let end = Instant::now() + Duration::from_secs(5);
+        let guard = short_lock(&storage, "held", ms(5_000), ms(200)).lock("worker").unwrap();
+        let end = Instant::now() + Duration::from_secs(7);
         thread::scope(|scope| {
             for _ in 0..40 {
                 let (storage, guard) = (&storage, &guard);
                 scope.spawn(move || {
-                    let lock = short_lock(storage, "held", ms(2_000), ms(200));
+                    let lock = short_lock(storage, "held", ms(5_000), ms(200));
                     while Instant::now() < end {
                         assert!(lock.try_lock("busy").unwrap().is_none());
                         assert!(guard.remaining() > ms(500), "{:?} left", guard.remaining());

@@ -197,7 +197,7 @@ fn a_call_right_after_a_freeze_waits_for_the_server() {
     let mut server = Server::start();
     let table = Table::on(&server.dsn);
     let storage = table.storage();
-    let lock = |id: &str| short_lock(&storage, id, ms(3_000), ms(500));
+    let lock = |id: &str| short_lock(&storage, id, ms(5_000), ms(500));
     for round in 0..3 {
         let guards = [lock("a").lock("worker").unwrap(), lock("b").lock("worker").unwrap()];
         guards.iter().for_each(is_refreshed);

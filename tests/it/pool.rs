@@ -29,7 +29,8 @@ fn a_pool_lends_a_connection_for_each_call_and_gets_it_back_as_it_was() {
     let pool = pool(&dsn(), 1);
     let storage = storage(&table, &pool);
     let settings = |pool: &Pool| -> (String, i64) {
-        let sql = "SELECT string_agg(name || setting, ',' ORDER BY name), (SELECT count(*) FROM pg_prepared_statements) \
+        let sql = "SELECT string_agg(name || setting, ',' ORDER BY name), \
+                   (SELECT count(*) FROM pg_prepared_statements) \
                    FROM pg_settings WHERE source = 'session'";
         let row = pool.get().unwrap().query_typed_one(sql, &[]).unwrap();
         (row.get::<_, Option<String>>(0).unwrap_or_default(), row.get(1))

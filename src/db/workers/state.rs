@@ -42,8 +42,8 @@ pub(super) enum WorkerState {
     Call { urgency: Urgency, since: Instant, late_at: Instant },
 }
 
-/// After so many urgent tasks in a row an ordinary one goes first: a few locks that are handed over all the time must not
-/// keep everybody from all others.
+/// After so many urgent tasks in a row an ordinary one goes first: a few locks that are handed over all the time must
+/// not keep everybody from all others.
 const URGENT_IN_A_ROW: u32 = 8;
 
 /// An attempt to open a connection that failed. A task that waited for it gets the error, once every opening that was
