@@ -14,6 +14,16 @@ use postgres::config::Host;
 /// Ends every request of the extended protocol.
 const SYNC: &[u8] = b"S\0\0\0\x04";
 
+/// Begins a request that prepares a statement.
+const PARSE: &[u8] = b"P";
+
+/// Runs a statement, to its last row.
+const EXECUTE: &[u8] = b"E\0\0\0\x09\0\0\0\0\0";
+
+fn contains(request: &[u8], bytes: &[u8]) -> bool {
+    request.windows(bytes.len()).any(|window| window == bytes)
+}
+
 #[derive(Default)]
 struct Control {
     /// Nothing gets through any more, on no connection, in no direction, and nobody is told.
@@ -279,7 +289,9 @@ fn serve(client: TcpStream, server: TcpStream, control: &Arc<Control>) {
             if request.ends_with(SYNC) {
                 control.requests.fetch_add(1, Ordering::SeqCst);
             }
-            let is_in = |bytes: &Vec<u8>| request.windows(bytes.len()).any(|window| window == bytes);
+            // A statement that is only prepared has the text in it, and does nothing: what is waited for comes later.
+            let is_prepared_only = request.starts_with(PARSE) && !contains(request, EXECUTE);
+            let is_in = |bytes: &Vec<u8>| !is_prepared_only && contains(request, bytes);
             if control.cut.lock().unwrap().take_if(|bytes| is_in(bytes)).is_some() {
                 answer.is_lost.store(true, Ordering::SeqCst);
             }
